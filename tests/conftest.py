@@ -1,0 +1,64 @@
+"""What every test shares: one thread per process (two cores, many processes) and a place for tiny recipes."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TINY_MAE = """
+description: a MAE small enough for a test
+method:
+  name: mae
+  encoder: {patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}
+  decoder: {embed_dim: 32, depth: 1, num_heads: 2}
+epochs: 4
+global_batch: 8
+micro_batch: 8
+optim: {base_lr: 1.0e-2, warmup_epochs: 1}
+data: {shards: SHARDS, image_size: 32, workers: 0, streams: 2, window: 1}
+zero_stage: 1
+precision: fp32
+log_every: 1
+checkpoint_every: 4
+figure_every: 2
+figure_images: 2
+tensorboard: false
+"""
+
+TINY_UM_MAE = """
+description: a UM-MAE small enough for a test
+method:
+  name: um_mae
+  encoder: {embed_dim: 16, depths: [1, 1, 2, 1], num_heads: [1, 2, 4, 8], window_size: 4, pos_mlp_dim: 8}
+  decoder: {embed_dim: 32, depth: 1, num_heads: 2}
+mask: {kind: uniform, ratio: 0.75, secondary_ratio: 0.25}
+throw_ratio: 0.5
+epochs: 4
+global_batch: 8
+micro_batch: 8
+optim: {base_lr: 1.0e-2, warmup_epochs: 1}
+data: {shards: SHARDS, image_size: 64, workers: 0, streams: 2, window: 1}
+zero_stage: 2
+precision: fp32
+log_every: 1
+checkpoint_every: 4
+figure_every: 2
+figure_images: 2
+tensorboard: false
+"""
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path):
+    """Write recipe text to a file, ``SHARDS`` replaced by a folder; returns the file."""
+
+    def write(text: str, shards: Path | str = "nowhere", name: str = "tiny") -> Path:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(text.replace("SHARDS", str(shards)) + f"output: {tmp_path / 'run'}\n")
+        return path
+
+    return write

@@ -1,0 +1,58 @@
+"""Train the toy under every ZeRO stage, precision and activation checkpointing, in one process group.
+
+Prints one JSON line per case on rank 0: losses, gradient norms, and a digest of the consolidated weights.
+"""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from tempfile import mkdtemp
+
+import torch
+from toy import ToyPlan, ToyRecipe, build_toy, toy_batches
+
+from ummim.engine import checkpoint, zero
+from ummim.engine.metrics import FILE
+from ummim.engine.trainer import fit
+from ummim.errors import UserError
+
+
+def train(case, plan, world, folder, resume="auto"):
+    recipe = ToyRecipe(output=str(folder), resume=resume, checkpoint_every=case.pop("every", 0), **case)
+    engine = zero.initialize(build_toy(seed=world.rank), recipe, plan)  # rank 0's weights must win
+    done = checkpoint.restore(engine, recipe, plan, "digest", world)
+    fit(engine, toy_batches(plan, world.rank, done), recipe, plan, world, "digest", done)
+    weights = zero.full_state_dict(engine)
+    engine.destroy()
+    return weights
+
+
+def main():
+    cases = json.loads(sys.argv[1])
+    world = zero.setup_distributed()
+    scratch = [mkdtemp() if world.is_main else None]
+    torch.distributed.broadcast_object_list(scratch, src=0)
+    for number, case in enumerate(cases):
+        folder = Path(scratch[0]) / str(number)
+        split = case.pop("split", None)
+        try:
+            if split:
+                train(dict(case), ToyPlan(stop_step=split), world, folder)
+            weights = train(dict(case), ToyPlan(), world, folder)
+        except UserError as error:
+            print(json.dumps({"error": str(error)}), flush=True)
+            continue
+        except BaseException:
+            traceback.print_exc()
+            raise
+        if world.is_main:
+            lines = [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+            sums = {name: value.double().sum().item() for name, value in weights.items()}
+            losses, norms = [r["loss"] for r in lines], [r["grad_norm"] for r in lines]
+            print(json.dumps({"losses": losses, "norms": norms, "sums": sums}), flush=True)
+    zero.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Command line: ``ummim recipes``, ``show``, ``export``, ``reconstruct``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ummim.errors import run_main
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Exit codes: 0 done, 2 the user's mistake, 130 Ctrl-C."""
+    options = _parser().parse_args(argv)
+    try:
+        return run_main(lambda: options.run(options))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ummim", description="Masked image modelling pre-training.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    recipes = commands.add_parser("recipes", help="list the packaged recipes")
+    recipes.set_defaults(run=_recipes)
+
+    show = commands.add_parser("show", help="print a recipe, fully resolved")
+    show.add_argument("recipe", help="packaged name or path")
+    show.add_argument("overrides", nargs="*", metavar="key=value")
+    show.set_defaults(run=_show)
+
+    export = commands.add_parser("export", help="write a checkpoint's weights for other programs")
+    export.add_argument("checkpoint", type=Path, help="a run's folder, or one of its checkpoints/step-N")
+    export.add_argument("out", type=Path, help="the file to write")
+    export.add_argument(
+        "--format",
+        choices=("safetensors", "timm", "official"),
+        default="safetensors",
+        help="safetensors: the encoder (a ViT's loads strictly in timm); timm: the same, refused for encoders that "
+        "timm does not have; official: the whole model under the paper code's names, as a .pth",
+    )
+    export.set_defaults(run=_export)
+
+    reconstruct = commands.add_parser("reconstruct", help="draw what a checkpoint makes of images")
+    reconstruct.add_argument("checkpoint", type=Path, help="a run's folder, or one of its checkpoints/step-N")
+    reconstruct.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    reconstruct.add_argument("--out", type=Path, required=True, metavar="PNG")
+    reconstruct.add_argument("--seed", type=int, default=0, help="of the masks (default 0)")
+    reconstruct.set_defaults(run=_reconstruct)
+    return parser
+
+
+# Each command imports what it needs, so that --help and a mistyped option answer at once.
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    from ummim.recipe_file import load_recipe, packaged_recipes
+
+    recipes = [load_recipe(name) for name in packaged_recipes()]
+    width = max(len(recipe.name) for recipe in recipes)
+    for recipe in recipes:
+        print(f"{recipe.name:<{width}}  {recipe.description}")
+
+
+def _show(options: argparse.Namespace) -> None:
+    from ummim.recipe_file import dump_recipe, load_recipe
+
+    print(dump_recipe(load_recipe(options.recipe, options.overrides)), end="")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from ummim.interop.export import export
+    from ummim.interop.run import load_run
+
+    recipe, method, checkpoint = load_run(options.checkpoint)
+    print(f"{checkpoint} -> {export(recipe, method, options.out, options.format)}")
+
+
+def _reconstruct(options: argparse.Namespace) -> None:
+    from ummim.interop.run import load_run
+    from ummim.reconstruct import reconstruct_files
+
+    recipe, method, checkpoint = load_run(options.checkpoint)
+    reconstruct_files(recipe, method, options.images, options.out, options.seed, title=str(checkpoint))
+    print(f"{checkpoint} -> {options.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""How much memory a run's states take on each rank, by ZeRO stage and precision."""
+
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes on one rank, without activations, buffers of collectives, and the CUDA context."""
+
+    parameters: float
+    gradients: float
+    optimizer: float  # AdamW's two moments, and float32 master weights beside 16-bit ones
+
+    @property
+    def total(self) -> float:
+        return self.parameters + self.gradients + self.optimizer
+
+
+def zero_state_bytes(parameters: int, stage: int, precision: str, world_size: int) -> StateBytes:
+    """State of ``parameters`` trainable weights on one of ``world_size`` ranks.
+
+    Stage 1 shards the optimizer state, stage 2 the gradients too, stage 3 the weights as well.
+    Source: "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", section 5.
+    """
+    weight = 4 if precision == "fp32" else 2
+    optimizer = 8 if precision == "fp32" else 12
+    return StateBytes(
+        parameters=parameters * weight / (world_size if stage >= 3 else 1),
+        gradients=parameters * weight / (world_size if stage >= 2 else 1),
+        optimizer=parameters * optimizer / (world_size if stage >= 1 else 1),
+    )

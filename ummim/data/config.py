@@ -1,0 +1,51 @@
+"""The ``data`` section of a recipe."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ummim.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from, how they are augmented, and in which order they are read.
+
+    Attributes:
+        shards: folder of tar shards with their index, as ``python -m data_prep build`` makes it.
+        workers: worker processes per rank that read, decode, augment and mask; 0 does it in the trainer.
+        image_size: side of the square training crop, in pixels.
+        crop_scale: area of the random crop as a share of the image's, (smallest, largest). MAE: (0.2, 1.0).
+        crop_ratio: aspect ratio (width / height) of the random crop, (smallest, largest).
+        interpolation: filter that resizes the crop; always antialiased. MAE: bicubic.
+        hflip: probability of a horizontal flip.
+        streams: shards of an epoch are dealt to this many streams, and a global batch takes samples from them
+            in turn. Part of the order, not of the hardware: it decides which samples meet in a batch.
+        window: within a stream, samples are shuffled among this many consecutive shards. ``streams * window``
+            shards are read at a time; more mixes better, fewer keeps fewer files open.
+    """
+
+    shards: str
+    workers: int = 8
+    image_size: int = 224
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    hflip: float = 0.5
+    streams: int = 16
+    window: int = 4
+
+    def validate(self) -> None:
+        """Raise ``RecipeError`` for the first field whose value cannot work."""
+        for name, least in (("workers", 0), ("image_size", 1), ("streams", 1), ("window", 1)):
+            if getattr(self, name) < least:
+                raise RecipeError(f"must be at least {least}", key=f"data.{name}")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise RecipeError(
+                "must be (smallest, largest) with 0 < smallest <= largest <= 1", "data.crop_scale"
+            )
+        low, high = self.crop_ratio
+        if not 0 < low <= high:
+            raise RecipeError("must be (smallest, largest) with 0 < smallest <= largest", "data.crop_ratio")
+        if not 0 <= self.hflip <= 1:
+            raise RecipeError("is a probability: choose a value between 0 and 1", "data.hflip")

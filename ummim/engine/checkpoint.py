@@ -1,0 +1,277 @@
+"""Checkpoints that are whole or absent: written aside, listed with checksums, renamed into place.
+
+``checkpoints/step-N`` is a DeepSpeed tag (``checkpoints/latest`` names the newest, as DeepSpeed's own tools expect)
+plus ``model.safetensors`` (all weights, float32), ``state.json`` and ``manifest.json``, the list of all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ummim.engine import zero
+from ummim.engine.faults import on_main, raise_together
+from ummim.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from ummim.engine.zero import World
+    from ummim.recipe import Recipe, RunPlan
+
+log = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+MANIFEST = "manifest.json"
+STATE = "state.json"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands, and what a run that goes on from there must share with it."""
+
+    step: int
+    epoch: float
+    samples: int
+    recipe: str
+    world_size: int
+    zero_stage: int
+    precision: str
+    index_digest: str
+
+    @classmethod
+    def at(cls, step: int, recipe: Recipe, plan: RunPlan, digest: str) -> RunState:
+        epoch, samples = step / plan.steps_per_epoch, step * plan.global_batch
+        return cls(step, epoch, samples, recipe.name, plan.world_size, recipe.zero_stage, recipe.precision, digest)
+
+
+def save(engine: Any, output: Path, state: RunState, keep: int, world: World) -> None:
+    """Write ``output/checkpoints/step-N`` from every rank, then remove all but the newest ``keep`` (0: keep all).
+
+    Raises CheckpointError on rank 0 (the others end with exit code 2) if any file could not be written, a full
+    disk above all; the checkpoints before it are untouched and no half one is left.
+    """
+    folder = output / FOLDER
+    temporary = folder / f".tmp-step-{state.step}"
+    on_main(lambda: _prepare(temporary), world)
+    files = engine.checkpoint_engine
+    files.error = None
+    engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
+    weights = zero.full_state_dict(engine)
+    errors: list[str | None] = [None] * world.size
+    dist.all_gather_object(errors, None if files.error is None else str(files.error))
+    failure = next((error for error in errors if error), None)
+    if world.is_main and failure is None:
+        try:
+            save_file(weights, temporary / WEIGHTS)
+            _finish(temporary, folder / f"step-{state.step}", state)
+            _retain(folder, keep)
+        except (OSError, SafetensorError) as error:
+            failure = str(error)
+    outcome = [failure]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise_together(_unwritten(folder, state, outcome[0], world), world)
+
+
+def _prepare(temporary: Path) -> None:
+    try:
+        remove_leftovers(temporary.parent)
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"{temporary.parent} cannot be written: {error.strerror}") from error
+
+
+def _finish(temporary: Path, final: Path, state: RunState) -> None:
+    (temporary / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
+    shutil.copymode(temporary / STATE, temporary / WEIGHTS)  # safetensors makes its files private
+    recipe = final.parents[1] / "recipe.yaml"
+    if recipe.is_file():
+        shutil.copyfile(recipe, temporary / recipe.name)
+    listing = {str(p.relative_to(temporary)): _fingerprint(p) for p in _files(temporary)}
+    (temporary / MANIFEST).write_text(json.dumps({"files": listing}, indent=2) + "\n")
+    for path in (*_files(temporary), temporary / MANIFEST, temporary):
+        _sync(path)
+    if final.exists():  # found damaged at the start, or the same step trained again
+        shutil.rmtree(final)
+    temporary.rename(final)
+    latest = final.parent / ".tmp-latest"
+    latest.write_text(final.name)
+    _sync(latest)
+    latest.replace(final.parent / "latest")
+    _sync(final.parent)
+
+
+def _unwritten(folder: Path, state: RunState, reason: str, world: World) -> CheckpointError:
+    if world.is_main:
+        remove_leftovers(folder)
+    left = steps(folder)
+    resume = f"the same command resumes from {left[0].name}" if left else "there is no earlier one"
+    return CheckpointError(f"{folder}/step-{state.step} could not be saved: {_plainly(reason, folder)}; {resume}")
+
+
+def _plainly(reason: str, folder: Path) -> str:
+    free = shutil.disk_usage(folder).free
+    if "No space left" in reason or "file write failed" in reason or free < 2**20:
+        return f"disk full ({free / 2**20:.0f} MiB free now): free some space"
+    return reason.splitlines()[0]
+
+
+def _retain(folder: Path, keep: int) -> None:
+    for old in steps(folder)[keep or None :]:
+        doomed = folder / f".tmp-old-{old.name}"
+        old.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what an interrupted save or removal left behind."""
+    for path in folder.glob(".tmp-*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def steps(folder: Path) -> list[Path]:
+    """The step folders in ``folder``, newest first."""
+    found = [p for p in folder.glob("step-*") if p.name[5:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+
+
+def fault(checkpoint: Path) -> str | None:
+    """What is wrong with a step folder: a file missing, cut short or changed; None if it is whole."""
+    try:
+        listing = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        for name, expected in listing.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"missing {name}"
+            if path.stat().st_size != expected["size"]:
+                return f"{name} has {path.stat().st_size} bytes, not {expected['size']}"
+            if _fingerprint(path) != expected:
+                return f"{name} has changed (sha256)"
+    except FileNotFoundError:
+        return f"missing {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be used ({type(error).__name__}: {error})"
+    return None
+
+
+def newest_valid(folder: Path) -> Path | None:
+    """The newest whole step folder in ``folder``; says in the log what is wrong with each that it passes over."""
+    passed: list[str] = []
+    for checkpoint in steps(folder):
+        wrong = fault(checkpoint)
+        if wrong is None:
+            if passed:
+                log.warning("%s; using %s", "; ".join(passed), checkpoint.name)
+            return checkpoint
+        passed.append(f"{checkpoint.name}: {wrong}")
+    if passed:
+        raise CheckpointError(
+            f"{folder}: no checkpoint is whole ({'; '.join(passed)}): restore the files, or remove the folder or "
+            "name another output to start afresh"
+        )
+    return None
+
+
+def find(resume: str, output: Path) -> Path | None:
+    """The step folder to go on from (None: start afresh) for ``resume``: auto, never, or a path.
+
+    A path is a step folder, a run's folder, or its ``checkpoints``. Raises CheckpointError where a run would be
+    mixed with another one: ``never`` on a run that has checkpoints, a path older than the output's own newest.
+    """
+    own = output / FOLDER
+    newest = next(iter(steps(own)), None)
+    if resume == "auto":
+        return newest_valid(own)
+    if resume == "never":
+        if newest is not None:
+            raise CheckpointError(f"resume=never, but {own} holds {newest.name}: name another output, or remove it")
+        return None
+    path = Path(resume)
+    if (path / MANIFEST).is_file() or path.name.startswith("step-"):
+        wrong = fault(path) if path.is_dir() else "no such folder"
+        if wrong:
+            raise CheckpointError(f"resume={resume}: {wrong}: name another checkpoint, or use resume=auto")
+        found: Path | None = path
+    else:
+        found = newest_valid(path / FOLDER if (path / FOLDER).is_dir() else path)
+    if found is None:
+        raise CheckpointError(f"resume={resume}: no checkpoint there: give a step folder or a run's folder")
+    if newest is not None and int(newest.name[5:]) > read_state(found).step:
+        raise CheckpointError(f"resume={resume}, but {own} holds {newest.name}, which is newer: name another output")
+    return found
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """The ``state.json`` of a step folder."""
+    try:
+        values = json.loads((checkpoint / STATE).read_text())
+        return RunState(**{field.name: values[field.name] for field in fields(RunState)})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint / STATE} cannot be used ({type(error).__name__}: {error})") from error
+
+
+def restore(engine: Any, recipe: Recipe, plan: RunPlan, digest: str, world: World) -> int:
+    """Load what ``recipe.resume`` asks for into the engine; returns the optimizer steps done (0: afresh).
+
+    Raises CheckpointError for a checkpoint of another world size, ZeRO stage, precision or data, and for files
+    that hold anything but tensors and plain values.
+    """
+
+    def choose() -> Path | None:
+        output = Path(recipe.output)
+        remove_leftovers(output / FOLDER)
+        found = find(recipe.resume, output)
+        if found is not None:
+            _compare(found, read_state(found), RunState.at(0, recipe, plan, digest))
+        return found
+
+    found = on_main(choose, world)
+    if found is None:
+        return 0
+    try:
+        engine.load_checkpoint(str(found.parent), tag=found.name)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{found} holds more than tensors and plain values: not loaded. {error}") from error
+    return read_state(found).step
+
+
+def _compare(found: Path, then: RunState, now: RunState) -> None:
+    remedies = {
+        "world_size": f"start {then.world_size} ranks",
+        "zero_stage": f"set zero_stage={then.zero_stage}",
+        "precision": f"set precision={then.precision}",
+        "index_digest": "use the shards it was trained on",
+    }
+    for name, remedy in remedies.items():
+        before, after = getattr(then, name), getattr(now, name)
+        if before != after:
+            raise CheckpointError(f"{found} has {name}={before}, this run {after}: {remedy}, or name another output")
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

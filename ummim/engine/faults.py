@@ -1,0 +1,123 @@
+"""Interruptions and failures that every rank must answer in the same way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ummim.errors import EXIT_USER, UserError, describe
+
+if TYPE_CHECKING:
+    from ummim.engine.zero import World
+
+T = TypeVar("T")
+
+EXIT_INTERRUPT = 130  # Ctrl-C, after a clean save
+EXIT_PREEMPTED = 143  # SIGTERM or SIGUSR1, after a clean save
+PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)  # schedulers send either some time before they kill
+ECHO_SECONDS = 2.0  # the terminal and torchrun both pass on the one Ctrl-C
+
+
+class NonFiniteLossError(UserError):
+    """The loss became infinite or not a number; the weights have not been updated with it."""
+
+
+class Interrupts:
+    """Turns signals into a flag while the block runs: ``with Interrupts() as interrupts: ... interrupts.code``.
+
+    The first Ctrl-C, SIGTERM or SIGUSR1 asks for a save at the end of the optimizer step; a second Ctrl-C ends
+    the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.code = 0
+        self._first = 0.0
+        self._pid = os.getpid()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        for number in (signal.SIGINT, *PREEMPTIONS):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a forked loader worker: it goes on feeding the step that is under way
+        if number in PREEMPTIONS:
+            self.code = EXIT_PREEMPTED
+        elif self.code == EXIT_INTERRUPT and time.monotonic() - self._first > ECHO_SECONDS:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(self._pid, signal.SIGINT)
+        elif self.code == 0:
+            self.code, self._first = EXIT_INTERRUPT, time.monotonic()
+
+
+def agree(loss: Tensor, code: int, world: World) -> tuple[float, int]:
+    """Mean of ``loss`` () over the ranks, and the exit code that any rank asks for (0: none).
+
+    One small all-reduce per optimizer step: all ranks save and stop after the same one.
+    """
+    sums = torch.zeros(3, dtype=torch.float64 if world.device.type == "cpu" else torch.float32, device=world.device)
+    sums[0] = loss.detach()
+    sums[1] = code == EXIT_PREEMPTED
+    sums[2] = code == EXIT_INTERRUPT
+    dist.all_reduce(sums)
+    total, preempted, interrupted = sums.tolist()
+    stop = EXIT_PREEMPTED if preempted else EXIT_INTERRUPT if interrupted else 0
+    return total / world.size, stop
+
+
+def raise_non_finite(step: int, losses: Sequence[Tensor], keys: Sequence[Sequence[str]], world: World) -> None:
+    """End the run: name the step and the samples of the micro-batches whose loss is not finite.
+
+    losses: () each, this rank's micro-batches; keys: the sample keys of each. Every rank must call it.
+    """
+    culprits = [k for loss, batch in zip(losses, keys, strict=True) if not torch.isfinite(loss) for k in batch]
+    everywhere: list[list[str]] = [[] for _ in range(world.size)]
+    dist.all_gather_object(everywhere, culprits)
+    named = [key for rank in everywhere for key in rank]
+    shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+    raise_together(
+        NonFiniteLossError(
+            f"the loss is not finite at step {step} (samples: {shown or 'no keys'}). The checkpoints before it are "
+            "good: lower optim.base_lr, set optim.clip_grad, or use precision=bf16 or fp32, and run again"
+        ),
+        world,
+    )
+
+
+def raise_together(error: Exception, world: World) -> None:
+    """Raise ``error`` on rank 0 and end the others quietly: one message. Every rank must call it."""
+    if world.is_main:
+        raise error
+    sys.exit(EXIT_USER)
+
+
+def on_main(function: Callable[[], T], world: World) -> T:
+    """Run ``function`` on rank 0 and give its result, or its end by a user's mistake, to every rank."""
+    outcome: list[Any] = [None, False]
+    error: Exception | None = None
+    if world.is_main:
+        try:
+            outcome[0] = function()
+        except Exception as caught:
+            if describe(caught) is None:
+                raise
+            error, outcome[1] = caught, True
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1]:
+        raise_together(error or UserError(""), world)
+    return outcome[0]

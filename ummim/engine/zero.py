@@ -1,0 +1,284 @@
+"""DeepSpeed behind one door: start, configuration, activation checkpointing, backward, step, state.
+
+The only file that imports deepspeed or fairscale, always inside a function: the import takes seconds. No
+operator is ever compiled: a first start needs neither a C++ compiler nor ninja, and no lock file is taken
+that a killed start could leave behind. Checked with deepspeed 0.19.8; what is mended here by hand says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import socket
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ummim.engine.optim import build_optimizer
+from ummim.errors import RecipeError, UserError
+
+if TYPE_CHECKING:
+    from ummim.recipe import Recipe, RunPlan
+
+RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+# DeepSpeed keys that the recipe owns, and the recipe's name for each.
+OWNED = {
+    "train_batch_size": "global_batch",
+    "train_micro_batch_size_per_gpu": "micro_batch",
+    "gradient_accumulation_steps": "global_batch and micro_batch",
+    "optimizer": "optim",
+    "scheduler": "optim",
+    "gradient_clipping": "optim.clip_grad",
+    "bf16": "precision",
+    "fp16": "precision",
+    "amp": "precision",
+    "torch_autocast": "precision",
+    "data_types": "precision",
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def setup_distributed() -> World:
+    """Join the process group: gloo on CPU, nccl on CUDA; alone, when no launcher set the rendezvous.
+
+    Works the same under ``python``, ``torchrun`` and ``deepspeed``. Raises UserError if only a part of the
+    rendezvous variables is set.
+    """
+    missing = [name for name in RENDEZVOUS if not os.environ.get(name)]
+    if "RANK" not in missing and missing:
+        raise UserError(f"RANK is set but {', '.join(missing)} is not: start with torchrun or deepspeed, or unset RANK")
+    if missing:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(zip(RENDEZVOUS, ("0", "0", "1", "127.0.0.1", str(port)), strict=True))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else its first line is a warning that it found none
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
+
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    # An empty table says that no operator can be built, and skips the probing of compilers as well.
+    deepspeed.ops.__compatible_ops__ = {}
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cpu")
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().set_device(local_rank)
+        device = torch.device(get_accelerator().device_name(local_rank))
+    deepspeed.init_distributed(verbose=False)
+    return World(int(os.environ["RANK"]), local_rank, int(os.environ["WORLD_SIZE"]), device)
+
+
+def shutdown() -> None:
+    """Leave the process group, so that no process ends with a warning about it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def config_folder() -> Path:
+    """The folder of the packaged DeepSpeed JSON: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "ds_configs"
+    return installed if installed.is_dir() else package.parent / "ds_configs"
+
+
+def deepspeed_config(recipe: Recipe, plan: RunPlan) -> dict[str, Any]:
+    """DeepSpeed's configuration: the strategy from a JSON file, every number from the recipe.
+
+    The file is ``recipe.ds_config``, else ``ds_configs/zero<stage>.json``. Raises RecipeError where the file is
+    missing or not JSON, or sets a key that belongs to the recipe.
+    """
+    path = Path(recipe.ds_config) if recipe.ds_config else config_folder() / f"zero{recipe.zero_stage}.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"ds_config: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise RecipeError(f"ds_config: {path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise RecipeError(f"ds_config: {path} must hold a JSON object, not a {type(config).__name__}")
+    for key in OWNED.keys() & config.keys():
+        raise RecipeError(f"ds_config: {path} sets {key!r}: remove it there, the recipe's {OWNED[key]} sets it")
+    zero = config.setdefault("zero_optimization", {})
+    if zero.setdefault("stage", recipe.zero_stage) != recipe.zero_stage:
+        raise RecipeError(f"ds_config: {path} sets stage {zero['stage']}, the recipe zero_stage={recipe.zero_stage}")
+    config.setdefault("steps_per_print", 10**9)  # the engine has its own log
+    config["train_batch_size"] = plan.global_batch
+    config["train_micro_batch_size_per_gpu"] = plan.micro_batch
+    config["gradient_accumulation_steps"] = plan.accumulation
+    config["gradient_clipping"] = recipe.optim.clip_grad
+    if recipe.precision != "fp32":
+        config[recipe.precision] = {"enabled": True}
+    if recipe.precision == "bf16" and recipe.zero_stage > 0:  # DeepSpeed refuses the mix without ZeRO
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def apply_activation_checkpointing(blocks: Iterable[nn.Module], kind: str) -> None:
+    """Recompute each block's activations in the backward pass instead of keeping them.
+
+    Parameter names stay as they are: only ``block.forward`` is replaced. ``kind``: none, torch (non-reentrant),
+    deepspeed, fairscale, fairscale_offload (block inputs wait in host memory).
+    """
+    if kind in ("fairscale", "fairscale_offload"):
+        from fairscale.nn.checkpoint import checkpoint_wrapper
+
+        for block in blocks:
+            checkpoint_wrapper(block, offload_to_cpu=kind == "fairscale_offload")
+    elif kind in ("torch", "deepspeed"):
+        for block in blocks:
+            block.forward = partial(_recompute(kind), block.forward)
+    elif kind != "none":
+        raise RecipeError(f"activation_checkpointing={kind!r}: use none, torch, deepspeed, fairscale, fairscale_offload")
+
+
+def _recompute(kind: str) -> Callable[..., Any]:
+    if kind == "torch":
+        return partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    from deepspeed import checkpointing
+
+    checkpointing.configure(None)
+
+    def recompute(forward: Callable[..., Any], *inputs: Tensor) -> Any:
+        # DeepSpeed's function would lose the gradients of a block whose inputs need none (the first one on top
+        # of a frozen patch embedding), and without gradients there is nothing to save.
+        if any(tensor.requires_grad for tensor in inputs):
+            return checkpointing.checkpoint(forward, *inputs)
+        return forward(*inputs)
+
+    return recompute
+
+
+def initialize(task: nn.Module, recipe: Recipe, plan: RunPlan) -> Any:
+    """Wrap ``task`` into a DeepSpeed engine with AdamW; call ``apply_activation_checkpointing`` before.
+
+    ``engine.frozen``: on rank 0, the float32 values of frozen parameters, which DeepSpeed casts with the others.
+    Raises UserError for a precision that the device cannot compute in.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator()
+    able = {"fp32": True, "bf16": device.is_bf16_supported(), "fp16": device.is_fp16_supported()}
+    if not able[recipe.precision]:
+        others = " or ".join(name for name in ("bf16", "fp32") if able[name])
+        raise UserError(f"precision={recipe.precision}: this {device.device_name()} cannot; use {others}")
+    apply_activation_checkpointing(task.blocks(), recipe.activation_checkpointing)  # type: ignore[operator]
+    frozen = {name: p.detach().clone() for name, p in task.named_parameters() if not p.requires_grad}
+    optimizer = build_optimizer(task, recipe.optim)
+    with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use, six times
+        config = deepspeed_config(recipe, plan)
+        engine = deepspeed.initialize(model=task, optimizer=optimizer, config=config, dist_init_required=False)[0]
+    optimizer.state.clear()  # without ZeRO, the 16-bit wrapper has run Adam's first step on zeros
+    engine.checkpoint_engine = _checkpoint_files()
+    engine._copy_recovery_script = lambda folder: None  # it may fail on one rank alone and leave the others waiting
+    engine.frozen = frozen if torch.distributed.get_rank() == 0 else {}
+    return engine
+
+
+def backward(engine: Any, loss: Tensor) -> None:
+    """Accumulate the gradients of one micro-batch; DeepSpeed divides by the accumulation."""
+    if engine.fp16_enabled() and not engine.zero_optimization():
+        loss = loss * engine.optimizer.loss_scale  # deepspeed 0.19.8 unscales in its step but never scales
+    engine.backward(loss)
+
+
+def step(engine: Any) -> float | None:
+    """Take the optimizer step and return the global gradient norm before clipping, the same on every rank.
+
+    None where a float16 overflow skipped the step.
+    """
+    norm: Any = None
+    if not engine.zero_optimization() and not engine.fp16_enabled() and not engine.bfloat16_enabled():
+        norm = nn.utils.get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
+    scale = engine.optimizer.loss_scale if engine.fp16_enabled() and not engine.zero_optimization() else 1.0
+    engine.step()
+    if not engine.was_step_applied():
+        return None
+    return float(engine.get_global_grad_norm() if norm is None else norm) / scale
+
+
+def full_state_dict(engine: Any) -> dict[str, Tensor]:
+    """All weights in float32 and all saved buffers, on the CPU of rank 0; {} on the others.
+
+    Every rank must call it. The values are the optimizer's float32 master weights, whatever the ZeRO stage; keys
+    are those of ``task.state_dict()``. Nothing shares memory.
+    """
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    main = torch.distributed.get_rank() == 0
+    wrapped = engine.optimizer
+    masters: dict[int, Tensor] = {}  # the 16-bit wrapper without ZeRO keeps them in a list of its own
+    for low, high in zip(getattr(wrapped, "fp16_groups", []), getattr(wrapped, "fp32_groups", []), strict=False):
+        masters.update({id(p): master for p, master in zip(low, high, strict=True)})
+    state: dict[str, Tensor] = {}
+    names = engine.module.state_dict().keys()
+    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+        if name in engine.frozen or not parameter.requires_grad:
+            value = engine.frozen.get(name)
+        elif engine.zero_optimization():
+            value = safe_get_full_fp32_param(parameter)
+        else:
+            value = masters.get(id(parameter), parameter)
+        if main and value is not None:
+            state[name] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
+    if main:
+        buffers = {name: b for name, b in engine.module.named_buffers() if name in names}
+        state.update({name: b.detach().to("cpu", copy=True).contiguous() for name, b in buffers.items()})
+    return state
+
+
+def _checkpoint_files() -> Any:
+    """DeepSpeed's reader and writer of files, made safe.
+
+    Reading: ``weights_only=True`` with the four classes that ZeRO's own state holds; DeepSpeed's unpickles anything.
+    Writing: flushed to the disk, and an error is kept in ``.error`` instead of raised, so that the ranks meet at
+    DeepSpeed's barriers and ``checkpoint.save`` can agree on what went wrong.
+    """
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    class SafeFiles(TorchCheckpointEngine):  # type: ignore[misc]
+        error: Exception | None = None
+
+        def save(self, state_dict: Any, path: str) -> None:
+            try:
+                with open(path, "wb") as file:
+                    torch.save(state_dict, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+                self.error = error
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            known = [fragment_address, DynamicLossScaler, LossScaler, ZeroStageEnum]
+            with torch.serialization.safe_globals(known):
+                return torch.load(path, map_location=map_location, weights_only=True)
+
+    return SafeFiles()

@@ -1,0 +1,59 @@
+"""Mistakes of the user, and the one place that turns them into a message and an exit code.
+
+Exit codes (every command): 0 done, 2 the user's mistake (one message, no traceback), 1 ours, 143 after a
+clean preemption save.
+"""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_USER = 2
+
+
+class UserError(Exception):
+    """Something the user can mend. The message names the file or field, the value and the fix."""
+
+
+class RecipeError(UserError):
+    """A recipe that cannot run: unknown key, wrong type, or a combination that does not fit.
+
+    ``key`` is the dotted recipe key at fault, if one is; whoever knows the file and the value adds them.
+    """
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class DataError(UserError):
+    """Shards, indices or images that cannot be read."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, torn, foreign, or does not fit the run."""
+
+
+def describe(error: BaseException) -> str | None:
+    """The one-line message for a user's mistake, or None if ``error`` is ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {os.fspath(error.filename)}" if error.filename else ""
+        return f"disk full{where}: free some space and run the same command again; finished files are intact"
+    return None
+
+
+def run_main(main: Callable[[], int | None]) -> int:
+    """Run ``main`` and return its exit code; a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        return main() or 0
+    except Exception as error:
+        message = describe(error)
+        if message is None:
+            raise
+        rank = os.environ.get("RANK", "0")
+        prefix = "ummim: error: " if rank == "0" else f"ummim: rank {rank}: error: "
+        print(prefix + message, file=sys.stderr, flush=True)
+        return EXIT_USER

@@ -1,0 +1,45 @@
+"""``ummim export``: a trained method to a file that other programs read."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ummim.errors import UserError
+from ummim.interop.official import FAMILIES, save_official
+from ummim.interop.timm import write_timm
+from ummim.recipe import Recipe
+from ummim.recipe_file import to_dict
+
+
+def export(recipe: Recipe, method: nn.Module, out: Path, form: str) -> Path:
+    """Write ``method`` to ``out`` as ``form`` (safetensors, timm or official), atomically.
+
+    Raises:
+        UserError: a format that does not exist for this method, or a folder where the file should go.
+    """
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; name the file to write")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        if form == "timm":
+            write_timm(method.encoder, partial)
+        elif form == "official":
+            torch.save({"model": save_official(method, _family(method))}, partial)
+        else:
+            tensors = {key: tensor.contiguous() for key, tensor in method.encoder.state_dict().items()}
+            save_file(tensors, partial, {"format": "pt", "ummim_recipe": json.dumps(to_dict(recipe))})
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return out
+
+
+def _family(method: nn.Module) -> str:
+    for name, family in FAMILIES.items():
+        if isinstance(method, family.method):
+            return name
+    raise UserError(f"{type(method).__name__} has no official format; use --format safetensors")

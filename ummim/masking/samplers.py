@@ -1,0 +1,153 @@
+"""Mask samplers, run in the data workers: one compiled call draws the whole plan of a sample.
+
+Randomness is counter-based: draw ``i`` of a sample is a hash of (its 64-bit seed, i), and the seed is a hash of
+(run seed, epoch, sample key). A plan is therefore a pure function of these, whatever the ranks and workers.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numba import int64, njit, uint64
+
+from ummim.masking.furthest import furthest
+from ummim.masking.plan import MaskPlan, SamplePlan
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """How tokens are masked.
+
+    Attributes:
+        kind: ``random`` (MAE) or ``uniform`` (UM-MAE: one visible patch in each 2x2 block).
+        ratio: share of tokens that are masked; 0.75 exactly for ``uniform``.
+        secondary_ratio: share of the visible tokens replaced by a shared mask token (UM-MAE).
+        throwing: how thrown tokens are chosen when the throwing ratio is above 0: ``furthest`` keeps evenly
+            spread tokens (PR-MIM), ``random`` is its baseline.
+    """
+
+    kind: Literal["random", "uniform"] = "random"
+    ratio: float = 0.75
+    secondary_ratio: float = 0.0
+    throwing: Literal["furthest", "random"] = "furthest"
+
+
+def sample_seed(seed: int, epoch: int, key: str) -> int:
+    """64-bit seed of a sample, the same on every rank, worker and machine."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+@njit(cache=True, nogil=True)
+def _below(seed: np.uint64, counter: int, bound: int) -> int:
+    """Draw ``counter`` of the stream ``seed``, uniform in [0, bound): SplitMix64's finaliser as the hash."""
+    z = seed + uint64(counter + 1) * uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> uint64(30))) * uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> uint64(27))) * uint64(0x94D049BB133111EB)
+    z = z ^ (z >> uint64(31))
+    return int64(((z >> uint64(32)) * uint64(bound)) >> uint64(32))  # 32 random bits: bound is below 2**16
+
+
+@njit(cache=True, nogil=True)
+def _shuffle(values: np.ndarray, count: int, seed: np.uint64, counter: int) -> int:
+    """Fisher-Yates: the first ``count`` entries become a random draw without replacement. Returns the counter."""
+    for i in range(count):
+        j = i + _below(seed, counter + i, values.shape[0] - i)
+        values[i], values[j] = values[j], values[i]
+    return counter + count
+
+
+@njit(cache=True, nogil=True)
+def _draw(
+    seed: np.uint64, height: int, width: int, uniform: bool, visible_count: int, hidden_count: int,
+    thrown_count: int, by_distance: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    tokens = height * width
+    is_visible = np.zeros(tokens, np.bool_)
+    counter = 0
+
+    if uniform:
+        # UM-MAE keeps cell 0..3 of block j, dealt from a pool that holds each cell equally often and spans at
+        # least twice the blocks, so a sample's four counts are more even than independent draws would be.
+        pool = np.arange(4 * ((tokens + 7) // 8)) % 4
+        counter = _shuffle(pool, visible_count, seed, counter)
+        visible = np.empty(visible_count, np.int64)
+        for j in range(visible_count):
+            row = 2 * (j // (width // 2)) + pool[j] // 2
+            visible[j] = row * width + 2 * (j % (width // 2)) + pool[j] % 2
+    else:
+        order = np.arange(tokens)
+        counter = _shuffle(order, visible_count, seed, counter)
+        visible = np.sort(order[:visible_count])
+    is_visible[visible] = True
+
+    secondary = np.zeros(visible_count, np.bool_)
+    if hidden_count:
+        order = np.arange(visible_count)
+        counter = _shuffle(order, hidden_count, seed, counter)
+        secondary[order[:hidden_count]] = True
+
+    masked = np.flatnonzero(~is_visible)
+    keep = masked.shape[0] - thrown_count
+    if thrown_count == 0:
+        return visible, secondary, masked, masked[:0]
+    if by_distance:
+        first = _below(seed, counter, masked.shape[0])
+        kept = furthest(masked, width, keep, first)
+    else:
+        order = masked.copy()
+        _shuffle(order, keep, seed, counter)
+        kept = order[:keep]
+    is_visible[kept] = True  # from here on: neither visible nor kept means thrown
+    return visible, secondary, np.sort(kept), np.flatnonzero(~is_visible)
+
+
+class PlanSampler:
+    """Draws the mask plan of a sample from its 64-bit seed.
+
+    Args:
+        grid: (h, w) of the token grid.
+        config: the recipe's mask section.
+        throw_ratio: thrown tokens as a share of *all* h * w tokens (PR-MIM's r).
+
+    Raises:
+        ValueError: a mask that leaves no visible or no masked token, an odd grid under ``uniform``, or a
+            throwing ratio that leaves no kept token.
+    """
+
+    def __init__(self, grid: tuple[int, int], config: MaskConfig, throw_ratio: float = 0.0) -> None:
+        h, w = grid
+        tokens = h * w
+        self.grid, self.config = grid, config
+        self.compact = config.kind == "uniform"
+        if self.compact and (h % 2 or w % 2 or config.ratio != 0.75):
+            raise ValueError(f"a uniform mask needs an even grid and ratio 0.75, not {h}x{w} and {config.ratio}")
+        self.visible_count = int(tokens * (1 - config.ratio))  # MAE's truncation (SPEC: 196 tokens -> 49)
+        self.thrown_count = int(throw_ratio * tokens)
+        self.kept_count = tokens - self.visible_count - self.thrown_count
+        self.secondary_count = self.visible_count - int(self.visible_count * (1 - config.secondary_ratio))
+        if not 0 < self.visible_count < tokens:
+            raise ValueError(f"ratio {config.ratio} leaves {self.visible_count} of {tokens} tokens visible")
+        if self.kept_count < 1 or throw_ratio < 0:
+            raise ValueError(f"throwing ratio {throw_ratio} leaves no kept token at mask ratio {config.ratio}")
+        if not 0 <= self.secondary_count < self.visible_count:
+            raise ValueError(f"secondary ratio {config.secondary_ratio} leaves no visible token unreplaced")
+
+    def __call__(self, seed: int) -> SamplePlan:
+        h, w = self.grid
+        return SamplePlan(
+            *_draw(
+                np.uint64(seed), h, w, self.compact, self.visible_count, self.secondary_count,
+                self.thrown_count, self.config.throwing == "furthest",
+            )
+        )  # fmt: skip
+
+    def stack(self, samples: Sequence[SamplePlan]) -> MaskPlan:
+        """Collate the plans of a batch."""
+        return MaskPlan.stack(samples, self.grid, self.compact)
+
+    def warm_up(self) -> None:
+        """Compile now, in the parent, so that forked workers start warm."""
+        self(0)

@@ -1,0 +1,1 @@
+"""The methods, one file each. A recipe's ``method.name`` is the file's name."""

@@ -1,0 +1,22 @@
+"""The pre-training task: uint8 batches in, a method's loss out."""
+
+from torch import nn
+
+from ummim.data import Batch
+from ummim.engine.trainer import TaskOutput
+from ummim.reconstruct import normalise
+
+
+class Pretraining(nn.Module):
+    """What the engine trains: ``task(batch) -> TaskOutput``."""
+
+    def __init__(self, method: nn.Module) -> None:
+        super().__init__()
+        self.method = method
+
+    def blocks(self) -> list[nn.Module]:
+        """The units of activation checkpointing."""
+        return self.method.blocks()
+
+    def forward(self, batch: Batch) -> TaskOutput:
+        return TaskOutput(self.method(normalise(batch.images), batch.plan).loss, {})

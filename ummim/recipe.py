@@ -1,0 +1,179 @@
+"""A recipe: everything that defines a pre-training run, typed and frozen. Each field is documented here, once.
+
+``Recipe.check`` refuses combinations that cannot run; ``Recipe.plan`` turns batch and learning rate into numbers
+for a world size. Reading YAML is recipe_file.py's.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ummim.data.config import DataConfig
+from ummim.engine.optim import OptimConfig
+from ummim.errors import RecipeError
+from ummim.masking import MaskConfig, PlanSampler
+from ummim.methods.api import MethodConfig
+from ummim.nn.aggregation import PartialConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One pre-training run.
+
+    Attributes:
+        method: the method and its sizes; ``method.name`` is a file of ``ummim/methods`` or a dotted module.
+        data: shards, decoding and augmentation.
+        name: the run's name; the recipe file's stem unless given.
+        description: one line for ``ummim recipes``.
+        output: the run's folder; ``runs/<name>`` unless given.
+        seed: of weights, sample order, crops and masks.
+        epochs: length of the schedule, in passes over the data.
+        max_steps: stop after this many optimizer steps; the schedule keeps its length.
+        expected_samples: images per epoch, for ``--dry-run`` where the shards are not at hand.
+        global_batch: images per optimizer step, over all ranks and accumulation.
+        micro_batch: most images a rank takes through the model at once; the rest is accumulated.
+        zero_stage: DeepSpeed ZeRO stage.
+        precision: of weights and activations in the model; bf16 and fp16 keep float32 master weights.
+        activation_checkpointing: recompute blocks in the backward pass, by PyTorch's, DeepSpeed's or fairscale's
+            implementation (the last also with activations offloaded to the CPU).
+        ds_config: a DeepSpeed JSON to use instead of ``ds_configs/zero<stage>.json``.
+        throw_ratio: PR-MIM's r: thrown tokens as a share of all tokens; 0 is full reconstruction.
+        partial: how thrown tokens are reconstructed.
+        mask: how tokens are masked.
+        optim: optimizer and schedule.
+        log_every: optimizer steps between lines of metrics.
+        checkpoint_every: optimizer steps between checkpoints; one is always written at the end.
+        keep_checkpoints: how many of the newest checkpoints stay.
+        figure_every: epochs between reconstruction figures; 0 draws none.
+        figure_images: images in a figure.
+        tensorboard: write TensorBoard events.
+        wandb: Weights & Biases project to log to, if any.
+        resume: ``auto`` goes on from the newest valid checkpoint of ``output``, ``never`` starts anew, a path
+            goes on from that checkpoint.
+    """
+
+    method: MethodConfig
+    data: DataConfig
+    name: str = ""
+    description: str = ""
+    output: str = ""
+    seed: int = 0
+    epochs: int = 800
+    max_steps: int | None = None
+    expected_samples: int = 1_281_167
+    global_batch: int = 4096
+    micro_batch: int = 64
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    activation_checkpointing: Literal["none", "torch", "deepspeed", "fairscale", "fairscale_offload"] = "none"
+    ds_config: str | None = None
+    throw_ratio: float = 0.0
+    partial: PartialConfig = field(default_factory=PartialConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    log_every: int = 20
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 3
+    figure_every: int = 1
+    figure_images: int = 8
+    tensorboard: bool = True
+    wandb: str | None = None
+    resume: str = "auto"
+
+    def check(self) -> None:
+        """Refuse a recipe that cannot run, before anything starts.
+
+        Raises:
+            RecipeError: with the key at fault, what is wrong and how to mend it.
+        """
+        for key in ("epochs", "expected_samples", "global_batch", "micro_batch", "log_every", "checkpoint_every",
+                    "keep_checkpoints", "figure_images"):  # fmt: skip
+            if getattr(self, key) < 1:
+                raise RecipeError("must be at least 1", key=key)
+        if self.max_steps is not None and self.max_steps < 1:
+            raise RecipeError("must be at least 1", key="max_steps")
+        if self.figure_every < 0:
+            raise RecipeError("must not be negative", key="figure_every")
+        self.data.validate()
+        if not 0 < self.mask.ratio < 1:
+            raise RecipeError("is a share of the tokens: choose a value between 0 and 1, such as 0.75", "mask.ratio")
+        if not 0 <= self.mask.secondary_ratio < 1:
+            raise RecipeError("is a share of the visible tokens: choose a value in [0, 1)", "mask.secondary_ratio")
+        if not 0 <= self.throw_ratio < self.mask.ratio:
+            raise RecipeError(
+                f"is a share of all tokens and must stay below mask.ratio = {self.mask.ratio}; choose a smaller one",
+                "throw_ratio",
+            )
+        if self.partial.kernel_size < 1 or self.partial.kernel_size % 2 == 0:
+            raise RecipeError("must be odd, such as 7", "partial.kernel_size")
+        if self.mask.kind == "uniform" and self.mask.ratio != 0.75:
+            raise RecipeError("a uniform mask keeps one token of four: set it to 0.75", "mask.ratio")
+        self.method.check(self.data.image_size, self.mask, self.throw_ratio)
+        try:
+            self.sampler()
+        except ValueError as error:
+            raise RecipeError(str(error), "mask.kind" if self.mask.kind == "uniform" else "mask.ratio") from None
+
+    def sampler(self) -> PlanSampler:
+        """The mask sampler of this run."""
+        return PlanSampler(self.method.mask_grid(self.data.image_size), self.mask, self.throw_ratio)
+
+    def plan(self, world_size: int, samples: int) -> "RunPlan":
+        """Batch, steps and learning rate for ``world_size`` ranks and ``samples`` images.
+
+        Raises:
+            RecipeError: a batch that the ranks or the micro-batch do not divide, or more than the data holds.
+        """
+        batch = self.global_batch
+        if batch > samples:
+            raise RecipeError(f"the data holds only {samples} images: use at most that many", "global_batch")
+        if batch % world_size:
+            low = max(batch // world_size, 1) * world_size
+            raise RecipeError(f"{world_size} ranks do not divide it: use {low} or {low + world_size}", "global_batch")
+        per_rank = batch // world_size
+        micro = min(self.micro_batch, per_rank)
+        if per_rank % micro:
+            fits = max(m for m in range(1, micro + 1) if per_rank % m == 0)
+            raise RecipeError(
+                f"does not divide the {per_rank} images of a rank (global_batch / {world_size} ranks): use {fits}",
+                "micro_batch",
+            )
+        steps_per_epoch = samples // batch
+        total = self.epochs * steps_per_epoch
+        return RunPlan(
+            world_size=world_size,
+            global_batch=batch,
+            micro_batch=micro,
+            accumulation=per_rank // micro,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total,
+            stop_step=total if self.max_steps is None else min(total, self.max_steps),
+            warmup_steps=round(self.optim.warmup_epochs * steps_per_epoch),
+            lr=self.optim.base_lr * batch / self.optim.reference_batch,
+        )
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A recipe's arithmetic for one world size and data set.
+
+    Attributes:
+        world_size: ranks.
+        global_batch: images per optimizer step = micro_batch x accumulation x world_size.
+        micro_batch: images per rank and forward pass.
+        accumulation: forward passes per optimizer step.
+        steps_per_epoch: optimizer steps; an epoch's incomplete last batch is dropped.
+        total_steps: length of the schedule.
+        stop_step: where this run ends.
+        warmup_steps: steps of linear warm-up.
+        lr: peak learning rate = base_lr x global_batch / reference_batch.
+    """
+
+    world_size: int
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    steps_per_epoch: int
+    total_steps: int
+    stop_step: int
+    warmup_steps: int
+    lr: float
