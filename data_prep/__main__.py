@@ -54,12 +54,10 @@ def _parser() -> argparse.ArgumentParser:
         type=_count,
         default=1000,
         metavar="N",
-        help="close a shard at N samples (%(default)s)",
+        help="samples per shard (%(default)s)",
     )
-    option("--shard-bytes", type=_size, metavar="SIZE", help="close a shard at SIZE bytes, e.g. 256MB, too")
-    option(
-        "--shuffle-seed", type=int, default=0, metavar="S", help="seed of the samples' order (%(default)s)"
-    )
+    option("--shard-bytes", type=_size, metavar="SIZE", help="close a shard once it has SIZE bytes, e.g. 256MB")
+    option("--shuffle-seed", type=int, default=0, metavar="S", help="seed of the samples' order (%(default)s)")
     option("--no-shuffle", dest="shuffle_seed", action="store_const", const=None, help="sort by path instead")
     option("--limit", type=_count, metavar="N", help="take only N images, the first ones after shuffling")
     option("--short-side", type=_count, metavar="PX", help="shrink larger images to this short side")
@@ -76,9 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("dst", type=Path, help="folder of shards")
     for command in (build, index, verify):
         cores = len(os.sched_getaffinity(0))
-        command.add_argument(
-            "--workers", type=int, default=cores, metavar="N", help="processes (%(default)s)"
-        )
+        command.add_argument("--workers", type=int, default=cores, metavar="N", help="processes (%(default)s)")
     return parser
 
 

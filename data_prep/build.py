@@ -123,9 +123,7 @@ def _finished(dst: Path, identity: str) -> bool:
     return index.source == identity
 
 
-def _write_shards(
-    dst: Path, items: list[Item], options: BuildOptions, workers: int, journal: Journal
-) -> None:
+def _write_shards(dst: Path, items: list[Item], options: BuildOptions, workers: int, journal: Journal) -> None:
     """Write the shards that the journal does not have yet."""
     start = position = journal.items_done
     tolerated = int(options.max_bad * len(items))

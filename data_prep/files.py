@@ -13,7 +13,8 @@ TEMPORARY = ".tmp"
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path`` that takes its name at the end, or vanishes on any exception.
 
-    An ``OSError`` such as a full disk names ``path``.
+    The content is on disk before the name is; ``sync_folder`` makes the name last. An ``OSError`` such as a full
+    disk names ``path``.
     """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
@@ -22,7 +23,6 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import math
 import re
 import zlib
 from pathlib import Path
@@ -28,9 +29,9 @@ def read_idx(path: Path) -> np.ndarray:
     if data[:3] != b"\0\0\x08" or not 1 <= dimensions <= 4:
         raise DataError(f"{path} is no IDX file of unsigned bytes (it starts with {data[:4].hex(' ')})")
     start = 4 + 4 * dimensions
-    shape = [int(n) for n in np.frombuffer(data[4:start], ">u4")]
-    needed = start + int(np.prod(shape, dtype=np.int64))
-    if len(shape) != dimensions or len(data) != needed:
+    shape = [int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4)]
+    needed = start + math.prod(shape)
+    if len(data) != needed:
         raise DataError(f"{path} holds {len(data)} bytes, its header says {needed}: truncated or damaged")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
@@ -38,9 +39,7 @@ def read_idx(path: Path) -> np.ndarray:
 def labels_beside(images: Path) -> Path | None:
     """The label file of ``train-images-idx3-ubyte`` and the like, gzipped or not, if it is there."""
     name = images.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-    return next(
-        (path for path in (images.with_name(name), images.with_name(f"{name}.gz")) if path.exists()), None
-    )
+    return next((path for path in (images.with_name(name), images.with_name(f"{name}.gz")) if path.exists()), None)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

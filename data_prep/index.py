@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.files import atomic_write
+from data_prep.files import atomic_write, sync_folder
 from data_prep.pool import ordered
 from data_prep.scan import checksum, scan
 from ummim.data.shards import (
@@ -37,14 +37,10 @@ def index(folder: Path, workers: int, ignore_labels: bool = False) -> str:
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         packed = next(folder.glob("*.tar.*"), None)
-        found = (
-            f", but {packed.name}: unpack compressed tars first, they have no random access" if packed else ""
-        )
+        found = f", but {packed.name}: unpack compressed tars first, they have no random access" if packed else ""
         raise DataError(f"{folder} holds no shards (*.tar){found}")
     if (folder / JOURNAL).exists():
-        raise DataError(
-            f"{folder} holds an unfinished build: run the same build again, it goes on where it was"
-        )
+        raise DataError(f"{folder} holds an unfinished build: run the same build again, it goes on where it was")
     jobs = ordered(partial(_examine, labels=not ignore_labels), paths, workers)
     found_shards = list(tqdm(jobs, "index", len(paths), unit="shard", disable=None))
     shards = [shard for shard, _ in found_shards]
@@ -74,12 +70,12 @@ def write_index(folder: Path, shards: Sequence[Shard], rows: Sequence[np.ndarray
         "labelled": labelled,
         "source": source,
         "table_sha256": file_sha256(folder / TABLE),
-        "shards": [
-            asdict(replace(shard, samples=len(array))) for shard, array in zip(shards, rows, strict=True)
-        ],
+        "shards": [asdict(replace(shard, samples=len(array))) for shard, array in zip(shards, rows, strict=True)],
     }
+    sync_folder(folder)
     with atomic_write(folder / INDEX) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")
+    sync_folder(folder)
     noun = "shard" if len(shards) == 1 else "shards"
     megabytes = sum(shard.bytes for shard in shards) / 1e6
     return f"{len(table):,} samples in {len(shards):,} {noun}, {megabytes:,.1f} MB: {folder}"

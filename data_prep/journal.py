@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_prep.files import TEMPORARY, sync_folder
+from data_prep.files import TEMPORARY
 from ummim.data.shards import CLASSES, INDEX, JOURNAL, TABLE, Shard
 from ummim.errors import DataError
 
@@ -27,7 +27,10 @@ class Bad:
 
 
 class Journal:
-    """Progress of a build: the first ``items_done`` items are in ``shards`` or in ``bad``."""
+    """Progress of a build: the first ``items_done`` items are in ``shards`` or in ``bad``.
+
+    A line may be lost in a power cut, or outlive the name of its shard: then that shard is written again.
+    """
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.items_done = 0
@@ -59,14 +62,12 @@ class Journal:
     def finish(self) -> None:
         """The build is complete: remove the journal."""
         self._path.unlink()
-        sync_folder(self._path.parent)
 
     def _write(self, content: dict) -> None:
         rest = memoryview(json.dumps(content).encode() + b"\n")
         try:
             while rest:
                 rest = rest[os.write(self._descriptor, rest) :]
-            os.fsync(self._descriptor)
         except OSError as error:
             error.filename = str(self._path)
             raise

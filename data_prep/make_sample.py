@@ -31,7 +31,7 @@ PHOTOGRAPHS = {  # class: (package, file in it)
 
 
 def crops(image: Image.Image, count: int, side: int, seed: int) -> list[Image.Image]:
-    """``count`` square crops (side x side, RGB): the centre, then random ones of 65 to 95% of the short side."""
+    """``count`` square RGB crops: the centre, then random ones of 65 to 95% of the short side."""
     rng = random.Random(seed)
     image = image.convert("RGB")
     short = min(image.size)
@@ -58,9 +58,7 @@ def make_sample(folder: Path) -> str:
                 path = folder / name / f"{name}-{i}.jpg"
                 crop.save(path, "JPEG", quality=QUALITY, optimize=True)
                 total += path.stat().st_size
-    return (
-        f"{len(PHOTOGRAPHS) * CROPS} images of {len(PHOTOGRAPHS)} photographs, {total / 1e6:.2f} MB: {folder}"
-    )
+    return f"{len(PHOTOGRAPHS) * CROPS} images of {len(PHOTOGRAPHS)} photographs, {total / 1e6:.2f} MB: {folder}"
 
 
 def main() -> int:

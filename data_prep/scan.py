@@ -88,9 +88,7 @@ def _members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
                     yield member
             end = tar.offset
     except (tarfile.TarError, ValueError) as error:
-        raise DataError(
-            f"{path}: truncated at byte {size}, or no plain tar ({error}): restore the shard"
-        ) from None
+        raise DataError(f"{path}: truncated at byte {size}, or no plain tar ({error}): restore the shard") from None
     tail = os.pread(file.fileno(), _END, end)
     if tail != bytes(_END):
         fault = f"damaged at byte {end}" if tail.strip(b"\0") else f"truncated at byte {size}"

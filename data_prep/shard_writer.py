@@ -18,9 +18,7 @@ class ShardWriter:
         self.path, self.samples = path, 0
         self._stack = ExitStack()
         self._file = _Hashed(self._stack.enter_context(atomic_write(path)))
-        self._tar = self._stack.enter_context(
-            TarWriter(self._file, user="", group="", encoder=False, mtime=0)
-        )
+        self._tar = self._stack.enter_context(TarWriter(self._file, user="", group="", encoder=False, mtime=0))
 
     @property
     def size(self) -> int:

@@ -80,9 +80,7 @@ def open_source(src: Path, unlabelled: bool = False) -> Source:
         return _idx_source((train or idx)[0])
     images = [(name, size) for name, size in files if PurePath(name).suffix.lower() in SUFFIXES]
     if not images:
-        found = (
-            f"its {len(files)} files are none of {', '.join(sorted(SUFFIXES))}" if files else "it is empty"
-        )
+        found = f"its {len(files)} files are none of {', '.join(sorted(SUFFIXES))}" if files else "it is empty"
         raise DataError(f"{src} holds no images: {found}")
     nested = ["/" in name for name, _ in images]
     if any(nested) and not all(nested) and not unlabelled:
@@ -128,9 +126,7 @@ def _walk(folder: Path, root: Path, above: tuple[str, ...] = ()) -> Iterator[tup
             if entry.is_dir():
                 yield from _walk(Path(entry.path), root, (*above, real))
             else:
-                size = (
-                    entry.stat().st_size if entry.is_file() else 0
-                )  # 0: a dangling link, reported when read
+                size = entry.stat().st_size if entry.is_file() else 0  # 0: a dangling link, reported when read
                 yield os.path.relpath(entry.path, root), size
 
 
@@ -151,21 +147,14 @@ def _items(src: Path, images: list[tuple[str, int]], classes: list[str] | None) 
 def _idx_source(path: Path) -> Source:
     images = _idx_images(str(path))
     if images.ndim != 3:
-        raise DataError(
-            f"{path} holds {images.ndim}-dimensional data; images are 3-dimensional (count, rows, columns)"
-        )
+        raise DataError(f"{path} holds {images.ndim}-dimensional data; images are 3-dimensional (count, rows, columns)")
     labels_path = labels_beside(path)
     labels = np.full(len(images), UNLABELLED) if labels_path is None else read_idx(labels_path)
     if labels.shape != (len(images),):
-        raise DataError(
-            f"{labels_path} holds {labels.shape} labels for the {len(images)} images of {path.name}"
-        )
+        raise DataError(f"{labels_path} holds {labels.size} labels for the {len(images)} images of {path.name}")
     stem = IDX_IMAGES.sub("", path.name).strip("-_.") or "image"
     size = int(images[0].size) if len(images) else 0
-    items = [
-        Item(f"{make_key(stem, set())}-{i:06d}", str(path), int(label), size, i)
-        for i, label in enumerate(labels)
-    ]
+    items = [Item(f"{make_key(stem, set())}-{i:06d}", str(path), int(label), size, i) for i, label in enumerate(labels)]
     if not items:
         raise DataError(f"{path} holds no images")
     return Source(items, None if labels_path is None else [str(i) for i in range(int(labels.max()) + 1)])

@@ -33,9 +33,7 @@ def verify(folder: Path, workers: int) -> str:
         print(fault)
     if faults:
         plural = "fault" if len(faults) == 1 else "faults"
-        raise DataError(
-            f"{folder}: {len(faults)} {plural}, listed above; restore the shards, or build them again"
-        )
+        raise DataError(f"{folder}: {len(faults)} {plural}, listed above; restore the shards, or build them again")
     noun = "shard" if len(index.shards) == 1 else "shards"
     return f"{len(index):,} samples in {len(index.shards):,} {noun}, no fault: {folder}"
 
@@ -46,9 +44,7 @@ def _table_faults(index: ShardIndex) -> list[str]:
         faults.append(f"{TABLE}: its checksum is not the index's")
     _, first, counts = np.unique(index.table["key"], return_index=True, return_counts=True)
     faults += [
-        f"{_place(index, int(row))}: the key comes {n} times"
-        for row, n in zip(first, counts, strict=True)
-        if n > 1
+        f"{_place(index, int(row))}: the key comes {n} times" for row, n in zip(first, counts, strict=True) if n > 1
     ]
     limit = len(index.classes or [])
     if index.classes is not None:
@@ -99,9 +95,7 @@ def _differences(index: ShardIndex, rows: range, found: np.ndarray) -> list[str]
             continue
         for field in ("offset", "length", "label"):
             if record[field] != actual[field]:
-                faults.append(
-                    f"{_place(index, row)}: {field} is {actual[field]}, the index says {record[field]}"
-                )
+                faults.append(f"{_place(index, row)}: {field} is {actual[field]}, the index says {record[field]}")
     name = index.shards[int(index.table["shard"][rows.start])].name if rows else ""
     for key, actual in there.items():
         faults.append(f"{name}: key {str(key, 'utf-8')!r} at byte {actual['offset']}: not in the index")

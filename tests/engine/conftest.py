@@ -6,33 +6,36 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
+from ummim.engine import zero
+
+ROOT = Path(__file__).parents[2]
 
 
 def environment(**extra: str) -> dict[str, str]:
-    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in launched}
-    path = os.pathsep.join([str(HERE), str(HERE.parents[1]), kept.get("PYTHONPATH", "")])
-    return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **extra}
+    kept = {name: value for name, value in os.environ.items() if name not in zero.RENDEZVOUS}
+    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **extra}
 
 
-def command(ranks: int, script: str, arguments: dict[str, Any]) -> list[str]:
-    """The command that runs ``script`` of this folder: plain python for one rank, torchrun for more."""
+def command(ranks: int, module: str, arguments: Any) -> list[str]:
+    """The command that runs a module of this folder: plain python for one rank, torchrun for more."""
     launcher = [sys.executable]
     if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "0"]
-    return [*launcher, str(HERE / script), json.dumps(arguments)]
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return [*launcher, "-m", f"tests.engine.{module}", json.dumps(arguments)]
 
 
-def run(ranks: int, script: str, arguments: dict[str, Any], **extra: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(ranks, script, arguments), env=environment(**extra), capture_output=True, text=True, timeout=240
-    )
+def run(ranks: int, module: str, arguments: Any, **extra: str) -> subprocess.CompletedProcess[str]:
+    return execute(command(ranks, module, arguments), **extra)
+
+
+def execute(words: list[str], **extra: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, env=environment(**extra), capture_output=True, text=True, timeout=240)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -46,5 +49,28 @@ def losses(folder: Path) -> dict[int, float]:
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No launcher's variables in this process."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in zero.RENDEZVOUS:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[zero.World]:
+    """This process as a world of its own; the variables that say so are gone again for processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in zero.RENDEZVOUS:
+            patch.delenv(name, raising=False)
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        found = zero.setup_distributed()
+        for name in set(zero.RENDEZVOUS) - {"LOCAL_RANK"}:  # each engine asks for that one
+            os.environ.pop(name)
+        yield found
+        zero.shutdown()
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed ZeRO-2 run on two ranks."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    job = run(2, "job", {"recipe": {"output": str(folder), "zero_stage": 2, "checkpoint_every": 4}})
+    assert job.returncode == 0, job.stderr
+    return folder

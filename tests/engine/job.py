@@ -10,8 +10,7 @@ import signal
 import sys
 from dataclasses import replace
 
-from toy import ToyPlan, ToyRecipe, build_toy, toy_batches
-
+from tests.engine.toy import ToyPlan, ToyRecipe, build_toy, toy_batches
 from ummim.engine import zero
 from ummim.engine.trainer import train
 from ummim.errors import run_main

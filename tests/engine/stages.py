@@ -10,8 +10,8 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import torch
-from toy import ToyPlan, ToyRecipe, build_toy, toy_batches
 
+from tests.engine.toy import ToyPlan, ToyRecipe, build_toy, toy_batches
 from ummim.engine import checkpoint, zero
 from ummim.engine.metrics import FILE
 from ummim.engine.trainer import fit
@@ -31,7 +31,7 @@ def train(case, plan, world, folder, resume="auto"):
 def main():
     cases = json.loads(sys.argv[1])
     world = zero.setup_distributed()
-    scratch = [mkdtemp() if world.is_main else None]
+    scratch = [mkdtemp() if world.is_main else ""]
     torch.distributed.broadcast_object_list(scratch, src=0)
     for number, case in enumerate(cases):
         folder = Path(scratch[0]) / str(number)

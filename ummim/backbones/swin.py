@@ -132,6 +132,7 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(SwinBlock(dim, num_heads, config) for _ in range(depth))
 
     def forward(self, x: Tensor, plain: Geometry, shifted: Geometry) -> Tensor:
+        x = x if self.merge is None else self.merge(x)
         for i, block in enumerate(self.blocks):
             g = shifted if i % 2 else plain
             x = block(x, g.differences, g.index, g.mask, g.shift)
@@ -153,9 +154,9 @@ class Swin(nn.Module):
         self.embed_dim = config.embed_dim * 8
         self.norm = LayerNorm(self.embed_dim)
         self.apply(init_mae)
-        for stage in self.stages:
-            for block in stage.blocks:
-                _init_position_mlp(block.attn.posmlp)
+        for module in self.modules():
+            if isinstance(module, WindowAttention):
+                _init_position_mlp(module.posmlp)
         if self.vis_mask_token is not None:
             nn.init.normal_(self.vis_mask_token, std=0.02)
 
@@ -192,7 +193,6 @@ class Swin(nn.Module):
         x, rows, cols = self.embed(images, plan)
         for s, stage in enumerate(self.stages):
             if s:
-                x = stage.merge(x)
                 rows, cols = rows[:, ::2, ::2], cols[:, ::2, ::2]  # a merged token keeps its top-left coordinate
             geometry = [
                 window_geometry(rows, cols, self.config.window_size, shifted, stage=s, compact=plan is not None)

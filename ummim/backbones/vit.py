@@ -44,6 +44,8 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """ViT with a class token and a fixed sine-cosine position table; parameter names are timm's."""
 
+    pos_embed: Tensor
+
     def __init__(self, image_size: int, config: ViTConfig) -> None:
         super().__init__()
         side, dim = image_size // config.patch_size, config.embed_dim
@@ -65,8 +67,8 @@ class ViT(nn.Module):
         b = images.shape[0]
         ids = every_token(b, self.grid[0] * self.grid[1], images.device) if plan is None else plan.visible
         x = self.patch_embed(take_patches(images, ids, self.config.patch_size))  # (B, V, D)
-        x = x + F.embedding(ids + 1, self.pos_embed[0])
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(b, -1, -1)  # (B, 1, D)
+        x = x + F.embedding(ids + 1, self.pos_embed[0]).to(x.dtype)  # the table stays float32 in a 16-bit model
+        cls = (self.cls_token + self.pos_embed[:, :1].to(x.dtype)).expand(b, -1, -1)  # (B, 1, D)
         x = torch.cat([cls, x], dim=1)  # (B, 1 + V, D)
         for block in self.blocks:
             x = block(x)

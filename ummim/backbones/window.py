@@ -1,6 +1,6 @@
 """Attention windows of a map, and which coordinate difference each pair of tokens in a window has."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,7 +8,8 @@ from torch import Tensor
 TILE = 4  # a mask patch is 4x4 first-stage tokens
 
 
-class Geometry(NamedTuple):
+@dataclass(frozen=True)
+class Geometry:
     """The windows of one stage, shared by its blocks."""
 
     differences: Tensor  # (L, 2) float32: every distinct (row, column) difference, key minus query

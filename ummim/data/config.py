@@ -41,9 +41,7 @@ class DataConfig:
                 raise RecipeError(f"must be at least {least}", key=f"data.{name}")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
-            raise RecipeError(
-                "must be (smallest, largest) with 0 < smallest <= largest <= 1", "data.crop_scale"
-            )
+            raise RecipeError("must be (smallest, largest) with 0 < smallest <= largest <= 1", "data.crop_scale")
         low, high = self.crop_ratio
         if not 0 < low <= high:
             raise RecipeError("must be (smallest, largest) with 0 < smallest <= largest", "data.crop_ratio")

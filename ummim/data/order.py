@@ -17,9 +17,7 @@ from ummim.masking import sample_seed
 def epoch_order(index: ShardIndex, seed: int, epoch: int, streams: int, window: int) -> np.ndarray:
     """(samples,) int64: the rows of the table in the order of ``epoch``."""
     first = index.first
-    shards = np.argsort(
-        _hash(sample_seed(seed, epoch, "order of shards"), np.arange(len(index.shards))), kind="stable"
-    )
+    shards = np.argsort(_hash(sample_seed(seed, epoch, "order of shards"), np.arange(len(index.shards))), kind="stable")
     ticket = _hash(sample_seed(seed, epoch, "order of samples"), np.arange(len(index)))  # (samples,)
 
     dealt = [shards[s::streams] for s in range(min(streams, len(shards)))]

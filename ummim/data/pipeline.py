@@ -135,7 +135,9 @@ class Loader:
             while (batch := _next(batches)) is not None:
                 yield batch
         finally:
-            del batches  # ends the workers
+            if self.workers:
+                # Else they live as long as a traceback that refers to them.
+                batches._shutdown_workers()  # type: ignore[attr-defined]
             self.samples.reader.close()
 
 
@@ -169,18 +171,14 @@ def build_loader(
     """
     data.validate()
     if plan.accumulation * world_size * plan.micro_batch != plan.global_batch:
-        raise ValueError(
-            f"{plan.accumulation} x {world_size} x {plan.micro_batch} is not {plan.global_batch}"
-        )
+        raise ValueError(f"{plan.accumulation} x {world_size} x {plan.micro_batch} is not {plan.global_batch}")
     if len(index) < plan.global_batch:
         raise DataError(
             f"{index.folder} holds {len(index)} samples, fewer than one global batch of {plan.global_batch}: "
             "lower global_batch, or add images"
         )
     layout = (plan.accumulation, world_size, plan.micro_batch)
-    micro_batches = MicroBatches(
-        index, seed, data.streams, data.window, layout, rank, start_step, plan.stop_step
-    )
+    micro_batches = MicroBatches(index, seed, data.streams, data.window, layout, rank, start_step, plan.stop_step)
     if micro_batches.steps_per_epoch != plan.steps_per_epoch:
         raise ValueError(f"{plan.steps_per_epoch} steps an epoch do not fit {len(index)} samples")
     sampler.warm_up()

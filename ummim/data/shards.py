@@ -84,9 +84,7 @@ class ShardIndex:
         table = _map_table(root, int(first[-1]))
         labels = classes if content["labelled"] else None
         digest = hashlib.sha256(raw).hexdigest()
-        return ShardIndex(
-            root, shards, first, table, labels, digest, content["table_sha256"], content["source"]
-        )
+        return ShardIndex(root, shards, first, table, labels, digest, content["table_sha256"], content["source"])
 
     def __len__(self) -> int:
         return len(self.table)
@@ -133,9 +131,7 @@ class ShardReader:
         except OSError as error:
             raise DataError(f"{self.where(row)}: cannot be read: {error.strerror}") from None
         if len(data) != length:
-            raise DataError(
-                f"{self.where(row)}: the shard ends early, it was cut while in use: {_remedy(self.index)}"
-            )
+            raise DataError(f"{self.where(row)}: the shard ends early, it was cut while in use: {_remedy(self.index)}")
         return data
 
     def where(self, row: int) -> str:
@@ -188,13 +184,9 @@ def _read_index(root: Path) -> tuple[dict, bytes]:
     except FileNotFoundError:
         raise DataError(f"{path} is missing: {_how_to_index(root)}") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{path} is no index ({error!r}): make it again: python -m data_prep index {root}"
-        ) from None
+        raise DataError(f"{path} is no index ({error!r}): make it again: python -m data_prep index {root}") from None
     if found != FORMAT:
-        raise DataError(
-            f"{path} has format {found!r}, not {FORMAT!r}: make it again: python -m data_prep index {root}"
-        )
+        raise DataError(f"{path} has format {found!r}, not {FORMAT!r}: make it again: python -m data_prep index {root}")
     return content, raw
 
 
@@ -224,8 +216,7 @@ def _map_table(root: Path, samples: int) -> np.ndarray:
 
 def _unopened(path: Path, error: OSError) -> DataError:
     return DataError(
-        f"{path}: {error.strerror}: restore the shard, or index what is left: "
-        f"python -m data_prep index {path.parent}"
+        f"{path}: {error.strerror}: restore the shard, or index what is left: python -m data_prep index {path.parent}"
     )
 
 

@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -40,7 +39,7 @@ def drop_after(path: Path, step: int) -> None:
             kept.append(line + "\n")
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def peak_memory(device: torch.device) -> float:

@@ -46,7 +46,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     mask and class tokens too (they have three dimensions). The order, [no decay, decay], is that of the
     official checkpoints' optimizer state. Frozen parameters are in neither group.
     """
-    no_decay, decay = [], []
+    no_decay: list[nn.Parameter] = []
+    decay: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             flat = parameter.ndim == 1 or name.endswith(".bias")

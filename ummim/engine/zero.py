@@ -99,10 +99,8 @@ def shutdown() -> None:
 
 
 def config_folder() -> Path:
-    """The folder of the packaged DeepSpeed JSON: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "ds_configs"
-    return installed if installed.is_dir() else package.parent / "ds_configs"
+    """The folder of the packaged DeepSpeed JSON, which lies beside the package, installed or not."""
+    return Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 def deepspeed_config(recipe: Recipe, plan: RunPlan) -> dict[str, Any]:
@@ -152,7 +150,9 @@ def apply_activation_checkpointing(blocks: Iterable[nn.Module], kind: str) -> No
         for block in blocks:
             block.forward = partial(_recompute(kind), block.forward)
     elif kind != "none":
-        raise RecipeError(f"activation_checkpointing={kind!r}: use none, torch, deepspeed, fairscale, fairscale_offload")
+        raise RecipeError(
+            f"activation_checkpointing={kind!r}: use none, torch, deepspeed, fairscale, fairscale_offload"
+        )
 
 
 def _recompute(kind: str) -> Callable[..., Any]:
@@ -162,10 +162,10 @@ def _recompute(kind: str) -> Callable[..., Any]:
 
     checkpointing.configure(None)
 
-    def recompute(forward: Callable[..., Any], *inputs: Tensor) -> Any:
+    def recompute(forward: Callable[..., Any], *inputs: Any) -> Any:
         # DeepSpeed's function would lose the gradients of a block whose inputs need none (the first one on top
         # of a frozen patch embedding), and without gradients there is nothing to save.
-        if any(tensor.requires_grad for tensor in inputs):
+        if any(torch.is_tensor(value) and value.requires_grad for value in inputs):
             return checkpointing.checkpoint(forward, *inputs)
         return forward(*inputs)
 
@@ -188,10 +188,14 @@ def initialize(task: nn.Module, recipe: Recipe, plan: RunPlan) -> Any:
         raise UserError(f"precision={recipe.precision}: this {device.device_name()} cannot; use {others}")
     apply_activation_checkpointing(task.blocks(), recipe.activation_checkpointing)  # type: ignore[operator]
     frozen = {name: p.detach().clone() for name, p in task.named_parameters() if not p.requires_grad}
+    buffers = {name: b.detach().clone() for name, b in task.named_buffers()}
     optimizer = build_optimizer(task, recipe.optim)
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use, six times
         config = deepspeed_config(recipe, plan)
         engine = deepspeed.initialize(model=task, optimizer=optimizer, config=config, dist_init_required=False)[0]
+    for name, value in buffers.items():  # cast with the weights in some stages; fixed tables stay exact in all
+        module, _, leaf = name.rpartition(".")
+        engine.module.get_submodule(module)._buffers[leaf] = value.to(engine.device)
     optimizer.state.clear()  # without ZeRO, the 16-bit wrapper has run Adam's first step on zeros
     engine.checkpoint_engine = _checkpoint_files()
     engine._copy_recovery_script = lambda folder: None  # it may fail on one rank alone and leave the others waiting
@@ -227,7 +231,6 @@ def full_state_dict(engine: Any) -> dict[str, Tensor]:
     Every rank must call it. The values are the optimizer's float32 master weights, whatever the ZeRO stage; keys
     are those of ``task.state_dict()``. Nothing shares memory.
     """
-    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
     main = torch.distributed.get_rank() == 0
@@ -264,12 +267,12 @@ def _checkpoint_files() -> Any:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    class SafeFiles(TorchCheckpointEngine):  # type: ignore[misc]
+    class SafeFiles(TorchCheckpointEngine):
         error: Exception | None = None
 
         def save(self, state_dict: Any, path: str) -> None:
             try:
-                with open(path, "wb") as file:
+                with Path(path).open("wb") as file:
                     torch.save(state_dict, file)
                     file.flush()
                     os.fsync(file.fileno())

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,7 +15,7 @@ from ummim.recipe import Recipe
 from ummim.recipe_file import to_dict
 
 
-def export(recipe: Recipe, method: nn.Module, out: Path, form: str) -> Path:
+def export(recipe: Recipe, method: Any, out: Path, form: str) -> Path:
     """Write ``method`` to ``out`` as ``form`` (safetensors, timm or official), atomically.
 
     Raises:

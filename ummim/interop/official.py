@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -52,9 +53,7 @@ PREFIXES = (
 )
 
 
-def load_official(
-    family: str, checkpoint: str | os.PathLike[str] | Mapping[str, Any], **sizes: Any
-) -> nn.Module:
+def load_official(family: str, checkpoint: str | os.PathLike[str] | Mapping[str, Any], **sizes: Any) -> nn.Module:
     """The method of an official checkpoint, with its weights, in the checkpoint's own dtype, on the CPU.
 
     Args:
@@ -135,8 +134,8 @@ def _flat_block(name: str, model: nn.Module) -> tuple[str, int]:
     match = re.match(r"blocks\.(\d+)\.(?:blocks\.(\d+)\.|merge\.)", name)
     if match is None:
         return name, 0
-    depths = [len(stage.blocks) for stage in model.get_submodule("encoder.stages").children()]
-    flat = sum(depths[: int(match[1])]) + int(match[2] or 0)
+    encoder: Any = model.encoder
+    flat = sum(len(stage.blocks) for stage in encoder.stages[: int(match[1])]) + int(match[2] or 0)
     return f"blocks.{flat}.{'' if match[2] else 'downsample.'}{name[match.end() :]}", flat
 
 
@@ -157,21 +156,20 @@ def _read(
     if not tensors:
         raise ValueError(f"{where} holds an empty state dict")
     if strangers := [str(key) for key, value in tensors.items() if not isinstance(value, Tensor)]:
-        raise ValueError(
-            f"{where} holds no state dict, bare or under model or state_dict: {_listed(strangers)}"
-        )
+        raise ValueError(f"{where} holds no state dict, bare or under model or state_dict: {_listed(strangers)}")
     args = None if inner is None else held.get("args")
     return tensors, vars(args) if isinstance(args, argparse.Namespace) else {}
 
 
 def _read_file(path: str) -> Mapping[str, Any]:
-    if path.endswith(".safetensors"):
-        return load_file(path)
     try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # the official code stores its arguments
             held = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} cannot be read safely: {str(error).splitlines()[0]}") from error
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(held, Mapping):
         raise ValueError(f"{path} holds a {type(held).__name__}, not a state dict")
     return held

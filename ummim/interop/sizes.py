@@ -62,9 +62,7 @@ def build_mae(tensors: Tensors, sizes: Sizes) -> mae.MAE:
 def build_um_mae_swin(tensors: Tensors, sizes: Sizes) -> um_mae.UMMAE:
     """UM-MAE on Swin of these sizes. Raises ValueError where they do not fit each other."""
     if _one(sizes, "patch_size", TOKEN) not in (TOKEN, MASK_PATCH):
-        raise ValueError(
-            f"patch_size is {TOKEN} (tokens) or {MASK_PATCH} (mask patches), not {sizes['patch_size']}"
-        )
+        raise ValueError(f"patch_size is {TOKEN} (tokens) or {MASK_PATCH} (mask patches), not {sizes['patch_size']}")
     dims = _four(sizes, "embed_dim", _shape(tensors, "patch_embed.proj.weight", 0, 96))
     if any(dims[s + 1] != 2 * dims[s] for s in range(3)):
         raise ValueError(f"embed_dims = {dims} must double at every stage")
@@ -124,9 +122,7 @@ def _stage_depths(tensors: Tensors) -> Four:
     found = {int(match[1]) for key in tensors if (match := re.match(r"blocks\.(\d+)\.downsample\.", key))}
     starts = [0, *sorted(found), _depth(tensors, "blocks")]
     if len(starts) != 5:
-        raise ValueError(
-            f"missing keys: downsample of three blocks marks the stages, found it at {sorted(found)}"
-        )
+        raise ValueError(f"missing keys: downsample of three blocks marks the stages, found it at {sorted(found)}")
     return tuple(end - start for start, end in zip(starts, starts[1:], strict=False))  # type: ignore[return-value]
 
 
@@ -162,9 +158,7 @@ def _window(sizes: Sizes, image_size: int) -> int:
     window = max(value)
     maps = [image_size // (2 * TOKEN * 2**s) for s in range(4)]  # sides of the compact maps
     if any(min(window, side) != min(given, side) for given, side in zip(value, maps, strict=False)):
-        raise ValueError(
-            f"window_size = {value!r} must be one number: stages differ only where the map is smaller"
-        )
+        raise ValueError(f"window_size = {value!r} must be one number: stages differ only where the map is smaller")
     return window
 
 

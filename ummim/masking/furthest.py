@@ -58,6 +58,8 @@ def furthest_sample(masked: np.ndarray | Tensor, grid: tuple[int, int], keep: in
         if ids.size != h * w:
             raise ValueError(f"a mask of shape {ids.shape} does not fit the grid {h}x{w}")
         ids = np.flatnonzero(ids)
+    elif not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"masked holds {ids.dtype} values; it takes ids (integers) or a boolean mask")
     ids = np.unique(ids_given := ids.astype(np.int64).ravel())
     if ids.size != ids_given.size:
         raise ValueError("masked holds a token twice")

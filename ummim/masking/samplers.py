@@ -41,7 +41,7 @@ def sample_seed(seed: int, epoch: int, key: str) -> int:
 
 
 @njit(cache=True, nogil=True)
-def _below(seed: np.uint64, counter: int, bound: int) -> int:
+def _below(seed: np.uint64, counter: int, bound: int) -> np.int64:
     """Draw ``counter`` of the stream ``seed``, uniform in [0, bound): SplitMix64's finaliser as the hash."""
     z = seed + uint64(counter + 1) * uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> uint64(30))) * uint64(0xBF58476D1CE4E5B9)
@@ -94,7 +94,7 @@ def _draw(
     if thrown_count == 0:
         return visible, secondary, masked, masked[:0]
     if by_distance:
-        first = _below(seed, counter, masked.shape[0])
+        first = int(_below(seed, counter, masked.shape[0]))
         kept = furthest(masked, width, keep, first)
     else:
         order = masked.copy()

@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ummim.backbones.swin import MASK_PATCH, TOKEN, Swin, SwinConfig
+from ummim.backbones.swin import MASK_PATCH, TOKEN, Swin, SwinBlock, SwinConfig
 from ummim.masking import MaskPlan
 from ummim.methods.api import MethodConfig, MIMOutput, check_heads, check_width
 from ummim.nn.aggregation import PartialConfig, build_aggregation
@@ -96,7 +96,8 @@ class UMMAE(nn.Module):
         self.embed.apply(init_mae)
 
     def blocks(self) -> list[nn.Module]:
-        return [*(block for stage in self.encoder.stages for block in stage.blocks), *self.decoder.blocks]
+        encoder = [module for module in self.encoder.modules() if isinstance(module, SwinBlock)]
+        return [*encoder, *self.decoder.blocks]
 
     def forward(self, images: Tensor, plan: MaskPlan) -> MIMOutput:
         x = self.encoder(images, plan)  # (B, h/4, w/4, 8C): each token covers 2x2 visible patches

@@ -35,6 +35,8 @@ class Decoder(nn.Module):
     visible and kept tokens are concatenated instead of being shuffled back to the grid.
     """
 
+    pos_embed: Tensor
+
     def __init__(self, grid: tuple[int, int], config: DecoderConfig, cls_token: bool) -> None:
         super().__init__()
         dim = config.embed_dim
@@ -49,8 +51,8 @@ class Decoder(nn.Module):
         self.apply(init_mae)
 
     def position(self, ids: Tensor) -> Tensor:
-        """(B, n) -> (B, n, D): position embedding of grid tokens."""
-        return F.embedding(ids + self.prefix, self.pos_embed[0])
+        """(B, n) -> (B, n, D): position embedding of grid tokens, in the weights' dtype."""
+        return F.embedding(ids + self.prefix, self.pos_embed[0]).to(self.mask_token.dtype)
 
     def forward(self, latent: Tensor, plan: MaskPlan, visible_at: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Decode.
@@ -65,7 +67,7 @@ class Decoder(nn.Module):
         """
         at = self.position(plan.visible if visible_at is None else visible_at)
         if self.prefix:
-            at = torch.cat([self.pos_embed[:, :1].expand(at.shape[0], -1, -1), at], dim=1)
+            at = torch.cat([self.pos_embed[:, :1].to(at.dtype).expand(at.shape[0], -1, -1), at], dim=1)
         kept = self.mask_token + self.position(plan.kept)  # (B, K, D)
         x = torch.cat([latent + at, kept], dim=1)  # (B, [1 +] V + K, D)
         for block in self.blocks:

@@ -1,12 +1,17 @@
 """Small shared pieces: position tables, token gathers, patches, and the initialisation of the MAE family."""
 
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # the MAE family's, encoders and decoders alike
+
+class LayerNorm(nn.LayerNorm):
+    """The MAE family's, encoders and decoders alike: eps 1e-6."""
+
+    def __init__(self, dim: int, **kwargs: Any) -> None:
+        super().__init__(dim, eps=1e-6, **kwargs)
 
 
 def sincos_table(dim: int, grid: tuple[int, int], cls_token: bool = False) -> Tensor:
@@ -66,6 +71,8 @@ class PatchConv(nn.Conv2d):
     Its key and shape are a convolution's. The module that owns the weight is the one called, as ZeRO-3 needs.
     Xavier-uniform on the (out, 3 * p * p) view; the bias keeps its default (MAE).
     """
+
+    bias: nn.Parameter
 
     def __init__(self, patch: int, dim: int) -> None:
         super().__init__(3, dim, patch, stride=patch)

@@ -1,0 +1,229 @@
+"""Checkpoints as files: whole or passed over by name, safe to load, refused where they do not fit."""
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.engine.conftest import command, execute, losses, records
+from tests.engine.toy import ToyPlan, ToyRecipe, build_toy, toy_batches
+from ummim.engine import checkpoint
+from ummim.engine.trainer import train
+from ummim.errors import CheckpointError
+
+PLAN = ToyPlan(world_size=1, stop_step=6)
+
+
+def go(world, output, plan=PLAN, digest="digest", **changes):
+    recipe = ToyRecipe(**{"output": str(output), "checkpoint_every": 2, "zero_stage": 2, **changes})
+    return train(build_toy(), recipe, plan, world, digest, lambda done: toy_batches(plan, 0, done))
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """A finished run with step-2, step-4 and step-6."""
+    output = tmp_path_factory.mktemp("finished")
+    (output / "recipe.yaml").write_text("name: toy\n")
+    assert go(world, output) == 0
+    return output
+
+
+@pytest.fixture
+def output(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+FILES = (
+    "manifest.json",
+    "state.json",
+    "model.safetensors",
+    "recipe.yaml",
+    "mp_rank_00_model_states.pt",
+    "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+)
+
+
+def test_a_checkpoint_holds_these_files_and_latest_names_it(finished):
+    folder = finished / "checkpoints"
+    assert sorted(p.name for p in (folder / "step-6").iterdir()) == sorted(FILES)
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-2", "step-4", "step-6"]
+    assert (folder / "latest").read_text() == "step-6"
+    state = checkpoint.read_state(folder / "step-6")
+    assert (state.step, state.epoch, state.samples) == (6, 1.5, 24)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_without_any_one_file_the_previous_checkpoint_is_used_and_named(output, caplog, name):
+    (output / "checkpoints" / "step-6" / name).unlink()
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.newest_valid(output / "checkpoints") == output / "checkpoints" / "step-4"
+    assert caplog.messages == [f"step-6: missing {name}; using step-4"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_or_a_cut_is_found(output, name):
+    path = output / "checkpoints" / "step-6" / name
+    good = path.read_bytes()
+    middle = len(good) // 2
+    for bad in (good[:middle], b"", good[:middle] + bytes([good[middle] ^ 0x80]) + good[middle + 1 :]):
+        path.write_bytes(bad)
+        assert name in str(checkpoint.fault(path.parent))
+
+
+@pytest.mark.parametrize("text", ["[]", '{"files": []}', '{"files": {"state.json": 3}}', "{}"])
+def test_a_manifest_of_another_shape_is_a_fault(output, text):
+    (output / "checkpoints" / "step-6" / "manifest.json").write_text(text)
+    assert "manifest.json cannot be used" in str(checkpoint.fault(output / "checkpoints" / "step-6"))
+
+
+def test_losing_the_newest_and_running_again_gives_the_same_losses(world, output, caplog):
+    before = losses(output)
+    (output / "checkpoints" / "step-6" / "state.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert go(world, output) == 0
+    assert "step-6: missing state.json; using step-4" in caplog.text
+    assert losses(output) == before and [r["step"] for r in records(output)] == [1, 2, 3, 4, 5, 6]
+    assert checkpoint.fault(output / "checkpoints" / "step-6") is None
+
+
+def test_a_finished_run_is_left_as_it_is(world, output):
+    before = (output / "metrics.jsonl").read_text()
+    assert go(world, output) == 0
+    assert (output / "metrics.jsonl").read_text() == before
+
+
+def test_no_whole_checkpoint_is_an_error_and_not_a_fresh_start(output):
+    for step in checkpoint.steps(output / "checkpoints"):
+        (step / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="step-6: missing manifest.json; step-4: .*name another output"):
+        checkpoint.find("auto", output)
+
+
+def test_steps_are_ordered_as_numbers_and_strangers_are_ignored(tmp_path):
+    for name in ("step-9", "step-100", "step-20", "step-x", ".tmp-step-200", "stepper"):
+        (tmp_path / name).mkdir()
+    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step-100", "step-20", "step-9"]
+
+
+def test_only_the_newest_are_kept_and_leftovers_go(world, tmp_path):
+    torn = tmp_path / "checkpoints" / ".tmp-step-2"
+    torn.mkdir(parents=True)
+    (torn / "half.pt").write_bytes(b"half")
+    go(world, tmp_path, keep_checkpoints=2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-4", "step-6"]
+
+
+def test_resume_never_refuses_a_run_that_has_checkpoints(world, output):
+    with pytest.raises(CheckpointError, match="resume=never.*step-6.*another output"):
+        go(world, output, resume="never")
+    assert len(records(output)) == 6
+
+
+@pytest.mark.parametrize("where", ["", "checkpoints", "checkpoints/step-4"])
+def test_a_path_names_a_step_a_run_or_its_checkpoints(output, tmp_path, where):
+    step = "step-4" if "step" in where else "step-6"
+    assert checkpoint.find(str(output / where), tmp_path / "new") == output / "checkpoints" / step
+
+
+def test_a_run_can_go_on_in_another_folder(world, output, tmp_path):
+    assert go(world, tmp_path / "new", resume=str(output / "checkpoints" / "step-4")) == 0
+    assert losses(tmp_path / "new") == {s: loss for s, loss in losses(output).items() if s > 4}
+
+
+def test_a_path_to_nothing_is_refused(output, tmp_path):
+    for path in (tmp_path / "absent", tmp_path / "absent" / "step-3"):
+        with pytest.raises(CheckpointError, match="absent"):
+            checkpoint.find(str(path), tmp_path / "new")
+
+
+def test_a_path_that_would_fork_the_run_is_refused(output):
+    with pytest.raises(CheckpointError, match="holds step-6, which is newer"):
+        checkpoint.find(str(output / "checkpoints" / "step-2"), output)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"zero_stage": 1}, "zero_stage=2, this run 1: set zero_stage=2"),
+        ({"precision": "bf16"}, "precision=fp32, this run bf16: set precision=fp32"),
+        ({"digest": "other"}, "index_digest=digest, this run other: use the shards"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_with_the_remedy(world, output, change, said):
+    with pytest.raises(CheckpointError, match=said):
+        go(world, output, **change)
+
+
+def test_a_checkpoint_of_more_ranks_is_refused(world, output):
+    state = output / "checkpoints" / "step-6" / "state.json"
+    state.write_text(json.dumps(asdict(replace(checkpoint.read_state(state.parent), world_size=2))))
+    mend(state.parent)
+    with pytest.raises(CheckpointError, match="world_size=2, this run 1: start 2 ranks"):
+        go(world, output)
+
+
+class Malice:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def mend(folder):
+    """Make the manifest agree with whatever lies in the folder."""
+    manifest = folder / "manifest.json"
+    listing = {p.name: checkpoint._fingerprint(p) for p in folder.iterdir() if p != manifest}
+    manifest.write_text(json.dumps({"files": listing}))
+
+
+@pytest.mark.parametrize("name", [f for f in FILES if f.endswith(".pt")])
+def test_a_malicious_pickle_is_not_run_even_with_a_matching_manifest(world, output, monkeypatch, name):
+    monkeypatch.chdir(output)
+    step = output / "checkpoints" / "step-6"
+    state = torch.load(step / name, weights_only=False)
+    torch.save({**state, "extra": Malice()}, step / name)
+    mend(step)
+    with pytest.raises(CheckpointError, match="more than tensors and plain values"):
+        go(world, output)
+    assert not (output / "pwned").exists()
+    torch.load(step / name, weights_only=False)  # the trap is real: DeepSpeed's own loader springs it
+    assert (output / "pwned").exists()
+
+
+def test_the_weights_need_no_deepspeed(finished):
+    weights = load_file(finished / "checkpoints" / "step-6" / "model.safetensors")
+    task = build_toy(seed=5)
+    task.load_state_dict(weights, strict=True)
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    masters = torch.load(finished / "checkpoints" / "step-6" / "mp_rank_00_model_states.pt", weights_only=True)
+    for key, tensor in masters["module"].items():
+        assert torch.equal(tensor, weights[key]), key
+
+
+@pytest.mark.parametrize("kib", [1600, 2000, 2200])
+def test_a_full_disk_ends_with_one_message_and_no_half_checkpoint(tmp_path, kib):
+    """On a tmpfs of its own that holds two checkpoints (0.7 MiB each); the third breaks at another file each time."""
+    arguments = {"recipe": {"output": str(tmp_path), "checkpoint_every": 2, "zero_stage": 2}}
+    script = 'mount -t tmpfs -o size="$0"k none "$1" && shift && { "$@"; echo "code $?"; find "$OUT" -path "*step*"; }'
+    words = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, str(kib), str(tmp_path)]
+    job = execute([*words, *command(1, "job", arguments)], OUT=str(tmp_path))
+    assert "code 2" in job.stdout, job.stdout + job.stderr
+    [message] = [line for line in job.stderr.splitlines() if line]
+    assert message.startswith("ummim: error: ") and "step-6 could not be saved: disk full" in message
+    assert "the same command resumes from step-4" in message
+    kept = [
+        line.removeprefix(f"{tmp_path}/checkpoints/") for line in job.stdout.splitlines() if "/checkpoints/" in line
+    ]
+    assert {line.split("/")[0] for line in kept} == {"step-2", "step-4"} and len(kept) == 2 * 6
+
+
+def test_the_state_of_a_run_is_plain_json(finished):
+    state = json.loads((finished / "checkpoints" / "step-6" / "state.json").read_text())
+    assert state == {
+        "step": 6, "epoch": 1.5, "samples": 24, "recipe": "toy", "world_size": 1, "zero_stage": 2,
+        "precision": "fp32", "index_digest": "digest",
+    }  # fmt: skip

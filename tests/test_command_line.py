@@ -1,0 +1,118 @@
+"""``ummim``: recipes, show, export, reconstruct, from a run's folder."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import TINY_MAE, TINY_UM_MAE
+from ummim.__main__ import main
+from ummim.interop.run import load_run
+from ummim.recipe_file import dump_recipe, load_recipe, packaged_recipes
+
+
+@pytest.fixture(params=[TINY_MAE, TINY_UM_MAE], ids=["mae", "um_mae"])
+def run(request: pytest.FixtureRequest, write_recipe, tmp_path: Path) -> Path:
+    """A run's folder with one checkpoint of random weights."""
+    return make_run(write_recipe(request.param), tmp_path / "run")
+
+
+def make_run(recipe_file: Path, folder: Path) -> Path:
+    recipe = load_recipe(str(recipe_file))
+    method = recipe.method.build(recipe.data.image_size, recipe.partial, recipe.throw_ratio > 0)
+    checkpoint = folder / "checkpoints" / "step-3"
+    checkpoint.mkdir(parents=True)
+    save_file({f"method.{key}": value for key, value in method.state_dict().items()}, checkpoint / "model.safetensors")
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    return folder
+
+
+def picture(path: Path, size: tuple[int, int] = (90, 70)) -> Path:
+    rng = np.random.default_rng(1)
+    Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def test_recipes_lists_every_packaged_one(capsys: pytest.CaptureFixture[str]):
+    assert main(["recipes"]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines()] == packaged_recipes()
+
+
+def test_show_prints_a_recipe_that_loads(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert main(["show", "pr_mae_vit_base_800e", "seed=4"]) == 0
+    (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
+    assert load_recipe(str(tmp_path / "shown.yaml")) == load_recipe("pr_mae_vit_base_800e", ["seed=4"])
+
+
+def test_exported_vit_loads_strictly_in_timm_with_equal_features(write_recipe, tmp_path: Path):
+    run = make_run(write_recipe(TINY_MAE), tmp_path / "run")
+    assert main(["export", str(run), str(tmp_path / "vit.safetensors")]) == 0
+    model = timm.create_model(
+        "vit_base_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0,
+        global_pool="token",
+    )  # fmt: skip
+    model.load_state_dict(load_file(tmp_path / "vit.safetensors"), strict=True)
+    _, method, _ = load_run(run)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(method.encoder(images), model.eval().forward_features(images), rtol=0, atol=1e-5)
+
+
+def test_export_in_every_format(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for form, name in (("safetensors", "a.safetensors"), ("official", "sub/b.pth")):
+        assert main(["export", str(run / "checkpoints" / "step-3"), str(tmp_path / name), "--format", form]) == 0
+        assert (tmp_path / name).is_file()
+    model = torch.load(tmp_path / "sub/b.pth", weights_only=True)["model"]
+    assert "decoder_pred.weight" in model
+    code = main(["export", str(run), str(tmp_path / "c.safetensors"), "--format", "timm"])
+    assert code == (0 if "cls_token" in model else 2)  # timm has no twin of UM-MAE's Swin
+    assert (tmp_path / "c.safetensors").exists() == (code == 0)
+    if code:
+        assert "official" in capsys.readouterr().err
+
+
+def test_reconstruct_draws_a_row_per_image(run: Path, tmp_path: Path):
+    files = [picture(tmp_path / "a.png"), picture(tmp_path / "b.jpg", (64, 200))]
+    assert main(["reconstruct", str(run), *map(str, files), "--out", str(tmp_path / "out.png")]) == 0
+    with Image.open(tmp_path / "out.png") as sheet:
+        assert sheet.mode == "RGB"
+        assert sheet.width > 5 * 64
+        assert sheet.height > 2 * 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["export", "/nowhere", "x"], ["/nowhere", "no such folder"]),
+        (["show", "nope"], ["nope", "no packaged recipe"]),
+    ],
+)
+def test_users_mistake_is_one_message(arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert all(part in printed for part in parts)
+    assert printed.count("\n") == 1
+
+
+def test_file_that_is_no_image_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "text.jpg").write_text("not a picture")
+    assert main(["reconstruct", str(run), str(tmp_path / "text.jpg"), "--out", str(tmp_path / "o.png")]) == 2
+    assert "text.jpg" in capsys.readouterr().err
+    assert not (tmp_path / "o.png").exists()
+
+
+def test_weights_that_do_not_fit_the_recipe_are_refused(run: Path, capsys: pytest.CaptureFixture[str]):
+    weights = run / "checkpoints" / "step-3" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors.pop("method.embed.bias")
+    save_file(tensors, weights)
+    assert main(["export", str(run), "/tmp/unused"]) == 2
+    assert "embed.bias" in capsys.readouterr().err
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert main(["export", str(run), "/tmp/unused"]) == 2
+    assert "cannot be read" in capsys.readouterr().err

@@ -1,0 +1,191 @@
+"""The main job as a user runs it: train.py alone and under both launchers, killed, resumed, mistyped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.__main__ import main as data_prep
+from tests.conftest import ROOT, TINY_MAE, TINY_UM_MAE
+from ummim.recipe_file import packaged_recipes
+
+LOGGED = {"step", "epoch", "samples", "loss", "lr", "grad_norm", "images_per_second"}
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """26 small pictures in four shards."""
+    source, out = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("data") / "shards"
+    rng = np.random.default_rng(0)
+    for i in range(26):
+        small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        folder = source / f"class{i % 2}"
+        folder.mkdir(exist_ok=True)
+        small.resize((72, 72), Image.Resampling.BICUBIC).save(folder / f"{i:02d}.jpg")
+    assert data_prep(["build", str(source), str(out), "--shard-count", "7"]) == 0
+    return out
+
+
+def run(*command: Any, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", **environment}
+    return subprocess.run(
+        [str(c) for c in command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def train(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "train.py", *arguments, **environment)
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output: Path) -> dict[int, float]:
+    records = metrics(output)
+    found = {record["step"]: record["loss"] for record in records}
+    assert len(found) == len(records), "a step appears twice"
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of twelve steps of UM-MAE with PR-MIM, never stopped, with data workers."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(TINY_UM_MAE.replace("SHARDS", str(shards)) + f"output: {folder / 'run'}\n")
+    result = train(recipe, "data.workers=1", "tensorboard=true")
+    assert result.returncode == 0, result.stderr
+    assert "step 12/12" in result.stdout
+    return folder / "run"
+
+
+def test_run_folder_holds_what_the_contract_says(undisturbed: Path):
+    records = metrics(undisturbed)
+    assert [record["step"] for record in records] == list(range(1, 13))
+    assert all(record.keys() >= LOGGED for record in records)
+    assert records[2]["epoch"] == 1.0
+    assert records[2]["samples"] == 24
+    environment = json.loads((undisturbed / "environment.json").read_text())
+    assert environment["packages"]["torch"]
+    assert len(environment["shard_digest"]) == 64
+    for name in ("recipe.yaml", "checkpoints/step-12/manifest.json", "checkpoints/step-12/model.safetensors"):
+        assert (undisturbed / name).is_file()
+    assert list((undisturbed / "tensorboard").iterdir())
+    pictures = sorted(p.name for p in (undisturbed / "reconstructions").iterdir())
+    assert pictures == ["epoch-0002.png", "epoch-0004.png"]
+
+
+def test_resolved_recipe_of_a_run_starts_the_same_run(undisturbed: Path):
+    result = train(undisturbed / "recipe.yaml")
+    assert result.returncode == 0
+    assert "resuming" in result.stderr
+    assert len(losses(undisturbed)) == 12
+
+
+def test_killed_run_goes_on_bit_for_bit(undisturbed: Path, shards: Path, write_recipe: Any, tmp_path: Path):
+    recipe = write_recipe(TINY_UM_MAE, shards)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "train.py", str(recipe), "data.workers=1", "max_steps=100", "epochs=4"]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoints" / "step-4").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "run" / "checkpoints" / "step-4").exists()
+    result = train(recipe)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "run") == losses(undisturbed)
+
+
+def test_interrupted_run_saves_and_goes_on(undisturbed: Path, shards: Path, write_recipe: Any, tmp_path: Path):
+    recipe = write_recipe(TINY_UM_MAE, shards)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "train.py", str(recipe), "checkpoint_every=1000", "epochs=400"]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "saved; the same command goes on from here" in errors
+    assert "Traceback" not in errors
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
+
+
+def test_launchers_run_the_same_job_on_two_ranks(shards: Path, write_recipe: Any, tmp_path: Path):
+    recipe = write_recipe(TINY_MAE, shards)
+    launchers = {
+        "torchrun": ("torchrun", "--nproc_per_node", "2"),
+        "deepspeed": ("deepspeed", "--num_accelerators", "2", "--master_port", "29641"),
+    }
+    for name, launcher in launchers.items():
+        result = run(BIN / launcher[0], *launcher[1:], "train.py", recipe, f"output={tmp_path / name}", "max_steps=5")
+        assert result.returncode == 0, result.stdout + result.stderr
+        state = json.loads((tmp_path / name / "checkpoints" / "step-5" / "state.json").read_text())
+        assert state["world_size"] == 2
+    assert losses(tmp_path / "torchrun") == losses(tmp_path / "deepspeed")
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_dry_run_needs_neither_gpu_nor_imagenet(name: str, capsys: pytest.CaptureFixture[str]):
+    from train import main
+
+    ranks = "1" if name == "quickstart" else "64"
+    arguments = [name, "--dry-run", "--world-size", ranks, "data.shards=/nowhere"]
+    if name == "quickstart":
+        arguments.append("expected_samples=100")
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    for row in ("parameters", "tokens", "batch", "steps", "learning rate", "ZeRO-3", "not at hand"):
+        assert row in printed
+
+
+def test_dry_run_reads_the_data_that_is_there_and_trains_nothing(shards: Path, write_recipe: Any, tmp_path: Path,
+                                                                 capsys: pytest.CaptureFixture[str]):  # fmt: skip
+    from train import main
+
+    assert main([str(write_recipe(TINY_MAE, shards)), "--dry-run"]) == 0
+    assert "26 images" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["quikstart"], ["did you mean quickstart"]),
+        (["quickstart", "zero_stag=1"], ["zero_stag", "did you mean zero_stage"]),
+        (["quickstart", "data.shards=/nowhere/shards"], ["/nowhere/shards", "python -m data_prep build"]),
+    ],
+)
+def test_users_mistake_is_one_message_and_exit_code_two(arguments: list[str], parts: list[str]):
+    result = train(*arguments)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_run_of_another_recipe_in_the_same_folder_is_refused(undisturbed: Path, shards: Path, tmp_path: Path):
+    recipe = tmp_path / "other.yaml"
+    recipe.write_text(TINY_MAE.replace("SHARDS", str(shards)) + f"output: {undisturbed}\n")
+    before = (undisturbed / "recipe.yaml").read_text()
+    result = train(recipe)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "name another output" in result.stderr
+    assert (undisturbed / "recipe.yaml").read_text() == before
