@@ -11,9 +11,10 @@ PARAMETERS = 1_000_000
     ("stage", "precision", "expected"),
     [  # ZeRO paper, section 5: 2 + 2 + 12 bytes a weight in 16 bits
         (0, "bf16", 16.0),
-        (1, "bf16", 4 + 12 / 8),
-        (2, "bf16", 2 + 14 / 8),
-        (3, "bf16", 16 / 8),
+        (2, "fp16", 2 + 14 / 8),
+        (3, "fp16", 16 / 8),
+        (1, "bf16", 2 + 4 + 12 / 8),  # gradients accumulate in float32
+        (2, "bf16", 2 + 16 / 8),
         (0, "fp32", 16.0),
         (3, "fp32", 16 / 8),
     ],

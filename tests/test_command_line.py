@@ -60,7 +60,8 @@ def test_exported_vit_loads_strictly_in_timm_with_equal_features(write_recipe, t
     _, method, _ = load_run(run)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(method.encoder(images), model.eval().forward_features(images), rtol=0, atol=1e-5)
+        features = model.eval().forward_features(images)  # type: ignore[operator]
+        torch.testing.assert_close(method.encoder(images), features, rtol=0, atol=1e-5)
 
 
 def test_export_in_every_format(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -33,6 +33,7 @@ def test_every_contract_key_stands_in_every_resolved_recipe():
 def test_child_inherits_and_overrides_its_base():
     base, child = load_recipe("mae_vit_base_800e"), load_recipe("mae_vit_large_800e")
     assert isinstance(child.method, mae.Config)
+    assert isinstance(base.method, mae.Config)
     assert (child.method.encoder.embed_dim, child.method.encoder.depth) == (1024, 24)
     assert child.method.decoder == base.method.decoder
     assert (child.name, child.output) == ("mae_vit_large_800e", "runs/mae_vit_large_800e")
@@ -57,6 +58,7 @@ def test_overrides_are_typed(tmp_path: Path):
         ["optim.base_lr=1e-3", "max_steps=5", "data.shards=2024", "output=17", "method.encoder.depth=3", "wandb=null"],
     )
     assert recipe.optim.base_lr == 1e-3
+    assert isinstance(recipe.method, mae.Config)
     assert (recipe.max_steps, recipe.method.encoder.depth, recipe.wandb) == (5, 3, None)
     assert (recipe.data.shards, recipe.output) == ("2024", "17")
 
@@ -93,6 +95,8 @@ def test_activation_checkpointing_can_be_switched_off_in_any_spelling(off: str):
         ("method.name=maee", ["method.name = 'maee'", "did you mean mae"]),
         ("method.name=os.path", ["method.name = 'os.path'", "no Config"]),
         ("method.name=no.such.module", ["no.such.module", "no such method"]),
+        ("optim.warmup_epochs=201", ["optim.warmup_epochs = 201", "epochs = 200"]),
+        ("optim.base_lr=0", ["optim.base_lr = 0", "above 0"]),
         ("data=3", ["data = 3", "section"]),
         ("seed.x=1", ["seed"]),
         ("seed", ["'seed'", "key=value"]),

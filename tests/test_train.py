@@ -35,15 +35,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def run(*command: Any, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", **environment}
-    return subprocess.run(
-        [str(c) for c in command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
-    )
+def run(*command: Any) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    words = [str(word) for word in command]
+    return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
 
 
-def train(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
-    return run(sys.executable, "train.py", *arguments, **environment)
+def train(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "train.py", *arguments)
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
@@ -180,12 +179,20 @@ def test_users_mistake_is_one_message_and_exit_code_two(arguments: list[str], pa
         assert part in lines[0]
 
 
-def test_run_of_another_recipe_in_the_same_folder_is_refused(undisturbed: Path, shards: Path, tmp_path: Path):
-    recipe = tmp_path / "other.yaml"
-    recipe.write_text(TINY_MAE.replace("SHARDS", str(shards)) + f"output: {undisturbed}\n")
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ("method.decoder.depth=2", "another model"),
+        ("throw_ratio=0", "another model"),  # the aggregation is part of the model
+        ("global_batch=4", "set global_batch=8"),
+        ("zero_stage=1", "set zero_stage=2"),
+    ],
+)
+def test_changed_recipe_in_the_same_folder_is_refused(change: str, part: str, undisturbed: Path):
     before = (undisturbed / "recipe.yaml").read_text()
-    result = train(recipe)
+    result = train(undisturbed / "recipe.yaml", change)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
+    assert part in result.stderr
     assert "name another output" in result.stderr
     assert (undisturbed / "recipe.yaml").read_text() == before

@@ -55,7 +55,9 @@ def test_columns_show_plan_input_pasted_alone_and_original(tmp_path):
         return tuple(cell[row * step + step // 2, col * step + step // 2])
 
     input_plan, seen, pasted, alone, original = cells
-    kinds = {name: token(input_plan, at) for name, at in (("visible", 0), ("secondary", 10), ("kept", 4), ("thrown", 1))}
+    kinds = {
+        name: token(input_plan, at) for name, at in (("visible", 0), ("secondary", 10), ("kept", 4), ("thrown", 1))
+    }
     assert len(set(kinds.values())) == 4
     assert token(seen, 0) == (200, 200, 200)
     assert len({token(seen, at) for at in (0, 10, 4, 1)}) == 4

@@ -21,13 +21,15 @@ class StateBytes:
 def zero_state_bytes(parameters: int, stage: int, precision: str, world_size: int) -> StateBytes:
     """State of ``parameters`` trainable weights on one of ``world_size`` ranks.
 
-    Stage 1 shards the optimizer state, stage 2 the gradients too, stage 3 the weights as well.
+    Stage 1 shards the optimizer state, stage 2 the gradients too, stage 3 the weights as well. In bf16 the stages
+    above 0 accumulate gradients in float32 (our choice of DeepSpeed's ``grad_accum_dtype``).
     Source: "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", section 5.
     """
     weight = 4 if precision == "fp32" else 2
+    gradient = 4 if precision == "bf16" and stage > 0 else weight
     optimizer = 8 if precision == "fp32" else 12
     return StateBytes(
         parameters=parameters * weight / (world_size if stage >= 3 else 1),
-        gradients=parameters * weight / (world_size if stage >= 2 else 1),
+        gradients=parameters * gradient / (world_size if stage >= 2 else 1),
         optimizer=parameters * optimizer / (world_size if stage >= 1 else 1),
     )

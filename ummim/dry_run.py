@@ -5,7 +5,9 @@ from torch import nn
 
 from ummim.capacity import GIB, zero_state_bytes
 from ummim.data import ShardIndex
+from ummim.engine.zero import deepspeed_config
 from ummim.errors import DataError
+from ummim.methods.api import Method
 from ummim.recipe import Recipe, RunPlan
 
 
@@ -21,6 +23,7 @@ def dry_run(recipe: Recipe, world_size: int) -> str:
     """
     samples, data = _data(recipe)
     plan = recipe.plan(world_size, samples)
+    deepspeed_config(recipe, plan)  # refuses a number that stands in both places
     with torch.device("meta"):
         method = recipe.method.build(recipe.data.image_size, recipe.partial, recipe.throw_ratio > 0)
     rows = [
@@ -44,7 +47,7 @@ def _data(recipe: Recipe) -> tuple[int, str]:
     return len(index), f"{recipe.data.shards}: {len(index):,} images, digest {index.digest[:12]}"
 
 
-def _model_rows(recipe: Recipe, method: nn.Module) -> list[tuple[str, str]]:
+def _model_rows(recipe: Recipe, method: Method) -> list[tuple[str, str]]:
     def count(module: nn.Module) -> str:
         return f"{sum(p.numel() for p in module.parameters()):,}"
 

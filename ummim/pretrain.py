@@ -4,13 +4,14 @@ from torch import nn
 
 from ummim.data import Batch
 from ummim.engine.trainer import TaskOutput
+from ummim.methods.api import Method
 from ummim.reconstruct import normalise
 
 
 class Pretraining(nn.Module):
     """What the engine trains: ``task(batch) -> TaskOutput``."""
 
-    def __init__(self, method: nn.Module) -> None:
+    def __init__(self, method: Method) -> None:
         super().__init__()
         self.method = method
 

@@ -93,6 +93,7 @@ class Recipe:
             raise RecipeError("must be at least 1", key="max_steps")
         if self.figure_every < 0:
             raise RecipeError("must not be negative", key="figure_every")
+        self._check_optim()
         self.data.validate()
         if not 0 < self.mask.ratio < 1:
             raise RecipeError("is a share of the tokens: choose a value between 0 and 1, such as 0.75", "mask.ratio")
@@ -112,6 +113,21 @@ class Recipe:
             self.sampler()
         except ValueError as error:
             raise RecipeError(str(error), "mask.kind" if self.mask.kind == "uniform" else "mask.ratio") from None
+
+    def _check_optim(self) -> None:
+        optim = self.optim
+        for key, fits, remedy in (
+            ("base_lr", optim.base_lr > 0, "must be above 0"),
+            ("reference_batch", optim.reference_batch >= 1, "must be at least 1"),
+            ("betas", all(0 <= beta < 1 for beta in optim.betas), "each must be in [0, 1)"),
+            ("eps", optim.eps > 0, "must be above 0"),
+            ("weight_decay", optim.weight_decay >= 0, "must not be negative"),
+            ("warmup_epochs", 0 <= optim.warmup_epochs <= self.epochs, f"must be between 0 and epochs = {self.epochs}"),
+            ("min_lr", optim.min_lr >= 0, "must not be negative"),
+            ("clip_grad", optim.clip_grad >= 0, "must not be negative; 0 switches clipping off"),
+        ):
+            if not fits:
+                raise RecipeError(remedy, key=f"optim.{key}")
 
     def sampler(self) -> PlanSampler:
         """The mask sampler of this run."""

@@ -200,7 +200,7 @@ def _check_keys(values: Mapping[str, Any], kind: type, prefix: str) -> None:
         if dataclasses.is_dataclass(known[key]):
             if not isinstance(value, dict):
                 raise RecipeError("is a section: give its keys below it", prefix + key)
-            _check_keys(value, known[key], f"{prefix}{key}.")  # type: ignore[arg-type]
+            _check_keys(value, known[key], f"{prefix}{key}.")
 
 
 def _parse(values: dict[str, Any], options: dict[str, Any], config: type[MethodConfig]) -> Recipe:

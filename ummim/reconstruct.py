@@ -5,13 +5,14 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ummim.data import Batch
 from ummim.data.augment import Augment
 from ummim.data.images import decode
 from ummim.errors import DataError
 from ummim.masking import sample_seed
+from ummim.methods.api import Method
 from ummim.recipe import Recipe
 from ummim.visualize import predicted_pixels, reconstruction_figure, save_figure
 
@@ -39,7 +40,7 @@ def denormalise(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def draw_reconstruction(method: nn.Module, batch: Batch, path: Path | None, title: str = "") -> None:
+def draw_reconstruction(method: Method, batch: Batch, path: Path | None, title: str = "") -> None:
     """Reconstruct ``batch``, which is on the method's device, and write the figure.
 
     Under ZeRO-3 every rank must call; those that only compute pass ``path=None``.
@@ -55,7 +56,7 @@ def draw_reconstruction(method: nn.Module, batch: Batch, path: Path | None, titl
 
 
 def reconstruct_files(
-    recipe: Recipe, method: nn.Module, files: Sequence[Path], out: Path, seed: int = 0, title: str = ""
+    recipe: Recipe, method: Method, files: Sequence[Path], out: Path, seed: int = 0, title: str = ""
 ) -> None:
     """Reconstruct image files under the recipe's masks and write the figure to ``out``.
 

@@ -125,15 +125,37 @@ def test_a_truncated_and_a_vanished_shard_are_one_message(folder: Path, arithmet
     assert not multiprocessing.active_children()
 
 
-def test_a_killed_worker_is_an_error_and_not_a_hang(folder: Path, arithmetic: Arithmetic) -> None:
+@pytest.mark.parametrize("reading", [True, False])
+def test_a_killed_worker_is_an_error_and_not_a_hang(folder: Path, arithmetic: Arithmetic, reading: bool) -> None:
     batches = iter(loader(folder, arithmetic(1, 1, 2, stop=100_000), workers=2))
     next(batches)
     worker = multiprocessing.active_children()[0]
     assert worker.pid is not None
-    os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match="a data worker process died .* lower data.workers"):
-        for _ in batches:
-            pass
+    with pytest.raises(DataError, match=f"data worker process {worker.pid} was killed by SIGKILL: .* lower data.wor"):
+        os.kill(worker.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            if reading:
+                next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    assert not multiprocessing.active_children()
+
+
+def test_a_crash_elsewhere_does_not_hang_on_workers_at_exit(folder: Path) -> None:
+    script = (
+        "import sys\n"
+        "from types import SimpleNamespace\n"
+        "from ummim.data import *\n"
+        "from ummim.masking import *\n"
+        "plan = SimpleNamespace(accumulation=1, micro_batch=2, global_batch=2, steps_per_epoch=13, stop_step=10**6)\n"
+        "data = DataConfig(sys.argv[1], workers=2, image_size=32)\n"
+        "sampler = PlanSampler((4, 4), MaskConfig())\n"
+        "batches = iter(build_loader(ShardIndex.open(sys.argv[1]), data, sampler, 0, plan, 0, 1))\n"
+        "next(batches)\n"
+        "sys.exit(7)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], timeout=60, cwd=ROOT)
+    assert done.returncode == 7
 
 
 def test_ctrl_c_and_preemption_are_left_to_the_trainer(folder: Path, arithmetic: Arithmetic) -> None:

@@ -1,7 +1,7 @@
 """From the index to batches on the host: read, decode, augment, mask, collate, in worker processes."""
 
-import signal
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from ummim.data.config import DataConfig
 from ummim.data.images import decode
 from ummim.data.order import MicroBatches
 from ummim.data.shards import ShardIndex, ShardReader
+from ummim.data.workers import start_worker, supervised
 from ummim.errors import DataError
 from ummim.masking import MaskPlan, PlanSampler, sample_seed
 
@@ -85,6 +86,7 @@ class Samples(Dataset):
     def batch(self, pairs: list[tuple[int, int]], centre: bool = False) -> Batch:
         """Read, decode, crop and mask; ``centre`` takes the whole short side instead of a random crop."""
         images = torch.empty(len(pairs), 3, self.size, self.size, dtype=torch.uint8)
+        pixels = images.numpy()  # transposing in numpy is faster: torch starts threads for it
         keys, plans = [], []
         for i, (epoch, row) in enumerate(pairs):
             data = self.reader.read(row)
@@ -97,7 +99,8 @@ class Samples(Dataset):
                     f"{self.reader.where(row)}: the image cannot be decoded: {error}; "
                     f"find every fault with: python -m data_prep verify {self.index.folder}"
                 ) from None
-            images[i] = self.augment.centre(image) if centre else self.augment(image, seed)
+            view = self.augment.centre(image) if centre else self.augment(image, seed)
+            pixels[i] = view.numpy()
             keys.append(key)
             plans.append(self.sampler(seed))
         labels = torch.tensor([int(self.index.table["label"][row]) for _, row in pairs])  # (B,)
@@ -126,19 +129,16 @@ class Loader:
                 num_workers=self.workers,
                 collate_fn=_as_is,
                 pin_memory=torch.cuda.is_available(),
-                worker_init_fn=_start_worker,
+                worker_init_fn=start_worker,
                 prefetch_factor=2 if self.workers else None,
                 generator=torch.Generator(),  # else the DataLoader draws from, and so moves, the global one
             )
         )
-        try:
-            while (batch := _next(batches)) is not None:
+        with closing(self.samples.reader), supervised(batches):
+            for batch in batches:
+                if isinstance(batch, DataError):
+                    raise batch
                 yield batch
-        finally:
-            if self.workers:
-                # Else they live as long as a traceback that refers to them.
-                batches._shutdown_workers()  # type: ignore[attr-defined]
-            self.samples.reader.close()
 
 
 def build_loader(
@@ -192,34 +192,9 @@ def fixed_batch(index: ShardIndex, data: DataConfig, sampler: PlanSampler, seed:
     """
     samples = Samples(index, data, sampler, seed)
     count = min(count, len(index))
-    try:
+    with closing(samples.reader):
         return samples.batch([(0, i * len(index) // count) for i in range(count)], centre=True)
-    finally:
-        samples.reader.close()
-
-
-def _next(batches: Iterator[Batch | DataError]) -> Batch | None:
-    """The next batch, None at the end, with worker failures as ``DataError``."""
-    try:
-        batch = next(batches, None)
-    except RuntimeError as error:
-        complaint = str(error).strip().split("\n")[0]
-        if complaint.startswith("DataLoader worker"):  # killed by a signal, or exited unexpectedly
-            raise DataError(
-                f"a data worker process died ({complaint}): the machine may be out of memory, or of shared "
-                "memory (/dev/shm): lower data.workers or micro_batch"
-            ) from None
-        raise
-    if isinstance(batch, DataError):
-        raise batch
-    return batch
 
 
 def _as_is(batch: Any) -> Any:
     return batch
-
-
-def _start_worker(worker: int) -> None:
-    """Leave Ctrl-C and preemption to the trainer, which saves first; workers end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

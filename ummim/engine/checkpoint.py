@@ -48,12 +48,24 @@ class RunState:
     world_size: int
     zero_stage: int
     precision: str
+    global_batch: int
     index_digest: str
+    layout: str
 
     @classmethod
-    def at(cls, step: int, recipe: Recipe, plan: RunPlan, digest: str) -> RunState:
-        epoch, samples = step / plan.steps_per_epoch, step * plan.global_batch
-        return cls(step, epoch, samples, recipe.name, plan.world_size, recipe.zero_stage, recipe.precision, digest)
+    def at(cls, step: int, recipe: Recipe, plan: RunPlan, digest: str, layout: str) -> RunState:
+        return cls(
+            step=step,
+            epoch=step / plan.steps_per_epoch,
+            samples=step * plan.global_batch,
+            recipe=recipe.name,
+            world_size=plan.world_size,
+            zero_stage=recipe.zero_stage,
+            precision=recipe.precision,
+            global_batch=plan.global_batch,
+            index_digest=digest,
+            layout=layout,
+        )
 
 
 def save(engine: Any, output: Path, state: RunState, keep: int, world: World) -> None:
@@ -225,8 +237,8 @@ def read_state(checkpoint: Path) -> RunState:
 def restore(engine: Any, recipe: Recipe, plan: RunPlan, digest: str, world: World) -> int:
     """Load what ``recipe.resume`` asks for into the engine; returns the optimizer steps done (0: afresh).
 
-    Raises CheckpointError for a checkpoint of another world size, ZeRO stage, precision or data, and for files
-    that hold anything but tensors and plain values.
+    Raises CheckpointError for a checkpoint of another model, world size, ZeRO stage, precision, batch or data, and
+    for files that hold anything but tensors and plain values.
     """
 
     def choose() -> Path | None:
@@ -234,7 +246,7 @@ def restore(engine: Any, recipe: Recipe, plan: RunPlan, digest: str, world: Worl
         remove_leftovers(output / FOLDER)
         found = find(recipe.resume, output)
         if found is not None:
-            _compare(found, read_state(found), RunState.at(0, recipe, plan, digest))
+            _compare(found, read_state(found), RunState.at(0, recipe, plan, digest, engine.layout))
         return found
 
     found = on_main(choose, world)
@@ -252,12 +264,21 @@ def _compare(found: Path, then: RunState, now: RunState) -> None:
         "world_size": f"start {then.world_size} ranks",
         "zero_stage": f"set zero_stage={then.zero_stage}",
         "precision": f"set precision={then.precision}",
+        "global_batch": f"set global_batch={then.global_batch}",
         "index_digest": "use the shards it was trained on",
+        "layout": "it is another model: set the method section as in its recipe.yaml",
     }
     for name, remedy in remedies.items():
         before, after = getattr(then, name), getattr(now, name)
         if before != after:
-            raise CheckpointError(f"{found} has {name}={before}, this run {after}: {remedy}, or name another output")
+            raise CheckpointError(
+                f"{found} has {name}={_short(before)}, this run {_short(after)}: {remedy}, or name another output"
+            )
+
+
+def _short(value: Any) -> str:
+    """A digest's first digits; anything else in full."""
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 def _files(folder: Path) -> Iterator[Path]:

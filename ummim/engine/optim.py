@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule. The defaults are MAE's pre-training of ViT-L over 800 epochs.
+    """AdamW and its schedule. The defaults are MAE's pre-training (table 8 of the paper).
 
     Attributes:
-        base_lr: learning rate for a batch of ``reference_batch`` images; the run's peak is
-            ``base_lr * global_batch / reference_batch``, the linear scaling rule (Goyal et al. 2017).
+        base_lr: learning rate for a batch of ``reference_batch`` images; the run's peak is ``base_lr *
+            global_batch / reference_batch`` (the linear scaling rule, Goyal et al. 2017).
         reference_batch: images that ``base_lr`` is quoted for: 256 in the MAE family, 512 in the SimMIM family.
-        betas: AdamW's decay of the two moments, per optimizer step: MAE (0.9, 0.95), fine-tuning (0.9, 0.999).
-        eps: AdamW's term in the denominator: PyTorch's default, which every paper here leaves.
-        weight_decay: decoupled, multiplied by the learning rate at each step (MAE, table 8: 0.05).
-        warmup_epochs: length of the linear warm-up from a learning rate of exactly 0 (MAE: 40 of 800).
-        min_lr: the learning rate that the cosine reaches after the last step; absolute, whatever the batch.
-        clip_grad: largest global gradient norm; 0 switches clipping off (MAE family: off, SimMIM: 5.0).
+        betas: AdamW's decay rates of the two moments, per optimizer step.
+        eps: AdamW's term in the denominator (PyTorch's default; every paper here leaves it).
+        weight_decay: decoupled weight decay, multiplied by the learning rate at each step.
+        warmup_epochs: epochs of linear warm-up from a learning rate of exactly 0.
+        min_lr: what the cosine reaches after the last step; absolute, not scaled with the batch.
+        clip_grad: largest global gradient norm; 0 switches clipping off (MAE family: off; SimMIM: 5.0).
     """
 
     base_lr: float = 1.5e-4

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -81,9 +82,10 @@ def fit(
     on_epoch_end: Callable[[int], None] | None = None,
 ) -> int:
     """Take the optimizer steps from ``done`` to ``plan.stop_step``; see ``train``."""
-    output, stream, meter = Path(recipe.output), iter(batches), Meter()
+    output, meter = Path(recipe.output), Meter()
+    stream = (batch for batch in batches)  # a generator: closing it ends the loader's workers, whatever happens
     schedule = build_schedule(engine.optimizer, recipe.optim, plan)
-    with Interrupts() as interrupts, MetricsLog(recipe, plan, done, world) as metrics:
+    with closing(stream), Interrupts() as interrupts, MetricsLog(recipe, plan, done, world) as metrics:
         while done < plan.stop_step:
             begun = time.perf_counter()
             torch.manual_seed(step_seed(recipe.seed, done, world.rank))
@@ -106,7 +108,7 @@ def fit(
                 on_epoch_end(done // plan.steps_per_epoch)
                 engine.train()
             if stop or done == plan.stop_step or (recipe.checkpoint_every and done % recipe.checkpoint_every == 0):
-                reached = checkpoint.RunState.at(done, recipe, plan, digest)
+                reached = checkpoint.RunState.at(done, recipe, plan, digest, engine.layout)
                 checkpoint.save(engine, output, reached, recipe.keep_checkpoints, world)
             if stop:
                 if world.is_main:

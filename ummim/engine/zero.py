@@ -8,6 +8,7 @@ that a killed start could leave behind. Checked with deepspeed 0.19.8; what is m
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -173,9 +174,10 @@ def _recompute(kind: str) -> Callable[..., Any]:
 
 
 def initialize(task: nn.Module, recipe: Recipe, plan: RunPlan) -> Any:
-    """Wrap ``task`` into a DeepSpeed engine with AdamW; call ``apply_activation_checkpointing`` before.
+    """Wrap ``task`` into a DeepSpeed engine with AdamW and the recipe's activation checkpointing.
 
     ``engine.frozen``: on rank 0, the float32 values of frozen parameters, which DeepSpeed casts with the others.
+    ``engine.layout``: a digest of all names and shapes, by which a checkpoint knows its model.
     Raises UserError for a precision that the device cannot compute in.
     """
     import deepspeed
@@ -189,6 +191,7 @@ def initialize(task: nn.Module, recipe: Recipe, plan: RunPlan) -> Any:
     apply_activation_checkpointing(task.blocks(), recipe.activation_checkpointing)  # type: ignore[operator]
     frozen = {name: p.detach().clone() for name, p in task.named_parameters() if not p.requires_grad}
     buffers = {name: b.detach().clone() for name, b in task.named_buffers()}
+    shapes = repr([(name, tuple(value.shape)) for name, value in task.state_dict().items()])
     optimizer = build_optimizer(task, recipe.optim)
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use, six times
         config = deepspeed_config(recipe, plan)
@@ -200,6 +203,7 @@ def initialize(task: nn.Module, recipe: Recipe, plan: RunPlan) -> Any:
     engine.checkpoint_engine = _checkpoint_files()
     engine._copy_recovery_script = lambda folder: None  # it may fail on one rank alone and leave the others waiting
     engine.frozen = frozen if torch.distributed.get_rank() == 0 else {}
+    engine.layout = hashlib.sha256(shapes.encode()).hexdigest()
     return engine
 
 

@@ -2,20 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from ummim.errors import UserError
 from ummim.interop.official import FAMILIES, save_official
 from ummim.interop.timm import write_timm
+from ummim.methods.api import Method
 from ummim.recipe import Recipe
 from ummim.recipe_file import to_dict
 
 
-def export(recipe: Recipe, method: Any, out: Path, form: str) -> Path:
+def export(recipe: Recipe, method: Method, out: Path, form: str) -> Path:
     """Write ``method`` to ``out`` as ``form`` (safetensors, timm or official), atomically.
 
     Raises:
@@ -39,7 +38,7 @@ def export(recipe: Recipe, method: Any, out: Path, form: str) -> Path:
     return out
 
 
-def _family(method: nn.Module) -> str:
+def _family(method: Method) -> str:
     for name, family in FAMILIES.items():
         if isinstance(method, family.method):
             return name

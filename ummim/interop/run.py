@@ -4,9 +4,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 
 from ummim.errors import CheckpointError
+from ummim.methods.api import Method
 from ummim.recipe import Recipe
 from ummim.recipe_file import load_recipe
 
@@ -14,7 +14,7 @@ WEIGHTS = "model.safetensors"
 _PREFIX = "method."  # the engine saves the task, which holds the method
 
 
-def load_run(path: str | Path) -> tuple[Recipe, nn.Module, Path]:
+def load_run(path: str | Path) -> tuple[Recipe, Method, Path]:
     """The recipe, the method in eval mode on the CPU in float32, and the checkpoint folder it came from.
 
     Args:

@@ -1,9 +1,7 @@
 """What a method is: a config that builds a module, and the module's output.
 
-A method file defines ``Config(MethodConfig)`` and an nn.Module that composes an encoder, a decoder, an
-aggregation, a head and a loss. The module has ``encoder`` (what is exported), ``grid``, ``patch_size``,
-``norm_pix_loss`` and ``blocks()`` (the units of activation checkpointing), and maps (images, plan) to
-:class:`MIMOutput`.
+A method file defines ``Config(MethodConfig)`` and a ``Method`` that composes an encoder, a decoder, an aggregation,
+a head and a loss, and maps (images, plan) to :class:`MIMOutput`.
 """
 
 from collections.abc import Iterable
@@ -33,6 +31,26 @@ class MIMOutput(NamedTuple):
         return grid.scatter(1, self.ids[:, :, None].expand(-1, -1, size), self.pixels)
 
 
+class Method(nn.Module):
+    """What every method's module has.
+
+    Attributes:
+        encoder: the backbone, what a run is for and what is exported.
+        grid: (h, w) of the mask grid.
+        patch_size: side of a mask patch, in pixels.
+        norm_pix_loss: predictions are in units of each patch's deviation.
+    """
+
+    encoder: nn.Module
+    grid: tuple[int, int]
+    patch_size: int
+    norm_pix_loss: bool
+
+    def blocks(self) -> list[nn.Module]:
+        """The Transformer blocks, the units of activation checkpointing."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class MethodConfig:
     """Base of every method's config, the recipe's ``method`` section."""
@@ -49,7 +67,7 @@ class MethodConfig:
         """(key, what is wrong and how to mend it) for sizes that do not fit each other."""
         raise NotImplementedError
 
-    def build(self, image_size: int, partial: PartialConfig, throwing: bool) -> nn.Module:
+    def build(self, image_size: int, partial: PartialConfig, throwing: bool) -> Method:
         """The method's module, freshly initialised; ``throwing`` if plans will hold thrown tokens."""
         raise NotImplementedError
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ummim.backbones.vit import ViT, ViTConfig
 from ummim.masking import MaskPlan
-from ummim.methods.api import MethodConfig, MIMOutput, check_width
+from ummim.methods.api import Method, MethodConfig, MIMOutput, check_width
 from ummim.nn.aggregation import PartialConfig, build_aggregation
 from ummim.nn.decoder import Decoder, DecoderConfig, PixelHead
 from ummim.nn.layers import init_mae
@@ -49,8 +49,10 @@ class Config(MethodConfig):
         return MAE(image_size, self, partial, throwing)
 
 
-class MAE(nn.Module):
+class MAE(Method):
     """(B, 3, H, W) float images, normalised, and their mask plan -> loss and predictions."""
+
+    encoder: ViT
 
     def __init__(
         self, image_size: int, config: Config, partial: PartialConfig | None = None, throwing: bool = False

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ummim.backbones.swin import MASK_PATCH, TOKEN, Swin, SwinBlock, SwinConfig
 from ummim.masking import MaskPlan
-from ummim.methods.api import MethodConfig, MIMOutput, check_heads, check_width
+from ummim.methods.api import Method, MethodConfig, MIMOutput, check_heads, check_width
 from ummim.nn.aggregation import PartialConfig, build_aggregation
 from ummim.nn.decoder import Decoder, DecoderConfig, PixelHead
 from ummim.nn.layers import init_mae
@@ -71,8 +71,10 @@ class Config(MethodConfig):
         return UMMAE(image_size, self, partial, throwing)
 
 
-class UMMAE(nn.Module):
+class UMMAE(Method):
     """(B, 3, H, W) float images, normalised, and their uniform mask plan -> loss and predictions."""
+
+    encoder: Swin
 
     def __init__(
         self,
