@@ -1,5 +1,6 @@
-# The commands a newcomer and CI run. PYTHON may name any Python 3.11 or 3.12.
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# The commands a newcomer and CI run. PYTHON may name any Python 3.11 or 3.12; else the first that runs is taken.
+FITS := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -14,8 +15,7 @@ help:
 install: $(INSTALLED)
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and \
-		"ummim needs Python 3.11 or 3.12, this is %d.%d: run make PYTHON=/path/to/python3.12" % v)'
+	@$(PYTHON) -c '$(FITS)' || { echo "ummim needs Python 3.11 or 3.12: make PYTHON=/path/to/python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
@@ -25,7 +25,7 @@ quickstart: install
 	$(BIN)/python -m data_prep build ummim/sample_images runs/quickstart/shards --shard-count 32
 	$(BIN)/python train.py quickstart
 	$(BIN)/ummim export runs/quickstart/run runs/quickstart/encoder.safetensors --format safetensors
-	@echo "Look at runs/quickstart/run/reconstructions/: the newest picture is the last epoch's."
+	@echo "Look at runs/quickstart/run/reconstructions/epoch-0060.png"
 
 test: install
 	$(BIN)/python -m pytest --cov --cov-report=term
