@@ -18,7 +18,6 @@ from ummim.errors import DataError, run_main
 CROPS, SIDE, QUALITY = 10, 256, 88
 PHOTOGRAPHS = {  # class: (package, file in it)
     "astronaut": ("skimage", "data/astronaut.png"),
-    "bricks": ("skimage", "data/brick.png"),
     "cameraman": ("skimage", "data/camera.png"),
     "cat": ("skimage", "data/chelsea.png"),
     "coffee": ("skimage", "data/coffee.png"),
@@ -31,13 +30,13 @@ PHOTOGRAPHS = {  # class: (package, file in it)
 
 
 def crops(image: Image.Image, count: int, side: int, seed: int) -> list[Image.Image]:
-    """``count`` square RGB crops: the centre, then random ones of 65 to 95% of the short side."""
+    """``count`` square RGB crops: the centre, then random ones of 75 to 100% of the short side."""
     rng = random.Random(seed)
     image = image.convert("RGB")
     short = min(image.size)
     found = []
     for i in range(count):
-        size = short if i == 0 else round(short * rng.uniform(0.65, 0.95))
+        size = short if i == 0 else round(short * rng.uniform(0.75, 1.0))
         left = (image.width - size) // 2 if i == 0 else rng.randint(0, image.width - size)
         top = (image.height - size) // 2 if i == 0 else rng.randint(0, image.height - size)
         box = (left, top, left + size, top + size)

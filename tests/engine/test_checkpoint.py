@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.engine.conftest import command, execute, losses, records
 from tests.engine.toy import ToyPlan, ToyRecipe, build_toy, toy_batches
-from ummim.engine import checkpoint
+from ummim.engine import checkpoint, resume
 from ummim.engine.trainer import train
 from ummim.errors import CheckpointError
 
@@ -54,7 +54,7 @@ def test_a_checkpoint_holds_these_files_and_latest_names_it(finished):
     assert sorted(p.name for p in (folder / "step-6").iterdir()) == sorted(FILES)
     assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-2", "step-4", "step-6"]
     assert (folder / "latest").read_text() == "step-6"
-    state = checkpoint.read_state(folder / "step-6")
+    state = resume.read_state(folder / "step-6")
     assert (state.step, state.epoch, state.samples) == (6, 1.5, 24)
 
 
@@ -62,7 +62,7 @@ def test_a_checkpoint_holds_these_files_and_latest_names_it(finished):
 def test_without_any_one_file_the_previous_checkpoint_is_used_and_named(output, caplog, name):
     (output / "checkpoints" / "step-6" / name).unlink()
     with caplog.at_level(logging.WARNING):
-        assert checkpoint.newest_valid(output / "checkpoints") == output / "checkpoints" / "step-4"
+        assert resume.newest_valid(output / "checkpoints") == output / "checkpoints" / "step-4"
     assert caplog.messages == [f"step-6: missing {name}; using step-4"]
 
 
@@ -102,7 +102,7 @@ def test_no_whole_checkpoint_is_an_error_and_not_a_fresh_start(output):
     for step in checkpoint.steps(output / "checkpoints"):
         (step / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="step-6: missing manifest.json; step-4: .*name another output"):
-        checkpoint.find("auto", output)
+        resume.find("auto", output)
 
 
 def test_steps_are_ordered_as_numbers_and_strangers_are_ignored(tmp_path):
@@ -119,16 +119,22 @@ def test_only_the_newest_are_kept_and_leftovers_go(world, tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-4", "step-6"]
 
 
-def test_resume_never_refuses_a_run_that_has_checkpoints(world, output):
-    with pytest.raises(CheckpointError, match="resume=never.*step-6.*another output"):
-        go(world, output, resume="never")
-    assert len(records(output)) == 6
+def test_resume_never_starts_anew_and_loses_nothing(world, output, caplog):
+    first = losses(output)
+    (output / "shards").mkdir()  # not the run's
+    for number in (1, 2):
+        assert go(world, output, resume="never") == 0
+        assert f"is now in {output / f'before-{number}'}" in caplog.text
+    for folder in (output, output / "before-1", output / "before-2"):
+        assert losses(folder) == first
+        assert checkpoint.fault(folder / "checkpoints" / "step-6") is None
+    assert (output / "shards").is_dir()
 
 
 @pytest.mark.parametrize("where", ["", "checkpoints", "checkpoints/step-4"])
 def test_a_path_names_a_step_a_run_or_its_checkpoints(output, tmp_path, where):
     step = "step-4" if "step" in where else "step-6"
-    assert checkpoint.find(str(output / where), tmp_path / "new") == output / "checkpoints" / step
+    assert resume.find(str(output / where), tmp_path / "new") == output / "checkpoints" / step
 
 
 def test_a_run_can_go_on_in_another_folder(world, output, tmp_path):
@@ -139,12 +145,12 @@ def test_a_run_can_go_on_in_another_folder(world, output, tmp_path):
 def test_a_path_to_nothing_is_refused(output, tmp_path):
     for path in (tmp_path / "absent", tmp_path / "absent" / "step-3"):
         with pytest.raises(CheckpointError, match="absent"):
-            checkpoint.find(str(path), tmp_path / "new")
+            resume.find(str(path), tmp_path / "new")
 
 
 def test_a_path_that_would_fork_the_run_is_refused(output):
     with pytest.raises(CheckpointError, match="holds step-6, which is newer"):
-        checkpoint.find(str(output / "checkpoints" / "step-2"), output)
+        resume.find(str(output / "checkpoints" / "step-2"), output)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +168,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_the_remedy(world, output
 
 def test_a_checkpoint_of_more_ranks_is_refused(world, output):
     state = output / "checkpoints" / "step-6" / "state.json"
-    state.write_text(json.dumps(asdict(replace(checkpoint.read_state(state.parent), world_size=2))))
+    state.write_text(json.dumps(asdict(replace(resume.read_state(state.parent), world_size=2))))
     mend(state.parent)
     with pytest.raises(CheckpointError, match="world_size=2, this run 1: start 2 ranks"):
         go(world, output)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.engine.conftest import command, environment, losses, records, run
-from ummim.engine import checkpoint
+from ummim.engine import checkpoint, resume
 from ummim.engine.faults import EXIT_INTERRUPT, EXIT_PREEMPTED, Interrupts
 
 
@@ -108,7 +108,7 @@ def test_a_run_stopped_by_hand_goes_on(tmp_path):
     job.send_signal(signal.SIGTERM)
     assert job.wait(60) == 143
     [step] = checkpoint.steps(tmp_path / "checkpoints")
-    reached = checkpoint.read_state(step).step
+    reached = resume.read_state(step).step
     assert 0 < reached < 2000 and records(tmp_path)[-1]["step"] == reached
     arguments["plan"]["stop_step"] = reached + 2
     again = run(1, "job", arguments)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ummim.engine import checkpoint, zero
+from ummim.engine import checkpoint, resume, zero
 from ummim.engine.faults import Interrupts, agree, raise_non_finite
 from ummim.engine.metrics import Meter, MetricsLog, peak_memory
 from ummim.engine.optim import build_schedule
@@ -65,7 +65,7 @@ def train(
     saved. Raises CheckpointError and UserError.
     """
     engine = zero.initialize(task, recipe, plan)
-    done = checkpoint.restore(engine, recipe, plan, digest, world)
+    done = resume.restore(engine, recipe, plan, digest, world)
     if world.is_main and done:
         log.warning("resuming %s after step %d of %d", recipe.output, done, plan.stop_step)
     return fit(engine, build_batches(done), recipe, plan, world, digest, done, on_epoch_end)
