@@ -89,7 +89,8 @@ def test_the_global_generator_is_left_alone(folder: Path, arithmetic: Arithmetic
 def test_fixed_batch_is_fixed(folder: Path) -> None:
     index, data = ShardIndex.open(folder), DataConfig(str(folder), image_size=32)
     batch = fixed_batch(index, data, SAMPLER, 0, 5)
-    assert batch.keys == [index.key(row) for row in (0, 5, 10, 15, 20)]
+    assert len(set(batch.keys)) == 5
+    assert set(batch.labels.tolist()) == set(range(len(index.classes or [])))  # every class is shown
     assert by_key([batch]) == by_key([fixed_batch(index, data, SAMPLER, 0, 5)])
     other = fixed_batch(index, data, SAMPLER, 1, 5)
     assert torch.equal(batch.images, other.images)  # no random crop

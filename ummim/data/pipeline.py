@@ -5,6 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -186,14 +187,16 @@ def build_loader(
 
 
 def fixed_batch(index: ShardIndex, data: DataConfig, sampler: PlanSampler, seed: int, count: int) -> Batch:
-    """The same images in every epoch and run, for the figures: evenly spaced rows, centre crops, fixed masks.
+    """The same images in every epoch and run, for the figures: spread over the classes, whole short side, fixed masks.
 
     ``count`` images, or all of them if there are fewer. Raises ``DataError`` like the loader.
     """
     samples = Samples(index, data, sampler, seed)
     count = min(count, len(index))
+    by_label = np.argsort(index.table["label"], kind="stable")  # unlabelled: the order of the table
+    rows = by_label[np.arange(count) * len(index) // count]
     with closing(samples.reader):
-        return samples.batch([(0, i * len(index) // count) for i in range(count)], centre=True)
+        return samples.batch([(0, row) for row in rows.tolist()], centre=True)
 
 
 def _as_is(batch: Any) -> Any:
