@@ -27,9 +27,10 @@ def test_world_size_that_does_not_divide_the_batch_is_one_clear_error():
         load_recipe("mae_vit_base_800e").plan(3, IMAGENET)
 
 
-def test_micro_batch_that_does_not_divide_a_ranks_share_is_one_clear_error():
-    with pytest.raises(RecipeError, match="does not divide the 512 images of a rank .*: use 64"):
-        load_recipe("mae_vit_base_800e", ["micro_batch=100"]).plan(8, IMAGENET)
+@pytest.mark.parametrize(("limit", "micro"), [(512, 512), (511, 256), (100, 64), (1, 1)])
+def test_micro_batch_is_the_largest_divisor_within_the_limit(limit: int, micro: int):
+    plan = load_recipe("mae_vit_base_800e", [f"micro_batch={limit}"]).plan(8, IMAGENET)
+    assert (plan.micro_batch, plan.accumulation) == (micro, 512 // micro)
 
 
 def test_batch_larger_than_the_data_is_one_clear_error():

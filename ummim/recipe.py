@@ -30,7 +30,8 @@ class Recipe:
         max_steps: stop after this many optimizer steps; the schedule keeps its length.
         expected_samples: images per epoch, for ``--dry-run`` where the shards are not at hand.
         global_batch: images per optimizer step, over all ranks and accumulation.
-        micro_batch: most images a rank takes through the model at once; the rest is accumulated.
+        micro_batch: most images a rank takes through the model at once; the largest divisor of a rank's share of
+            the batch up to this is taken, and the rest is accumulated.
         zero_stage: DeepSpeed ZeRO stage.
         precision: of weights and activations in the model; bf16 and fp16 keep float32 master weights.
         activation_checkpointing: recompute blocks in the backward pass, by PyTorch's, DeepSpeed's or fairscale's
@@ -137,7 +138,7 @@ class Recipe:
         """Batch, steps and learning rate for ``world_size`` ranks and ``samples`` images.
 
         Raises:
-            RecipeError: a batch that the ranks or the micro-batch do not divide, or more than the data holds.
+            RecipeError: a batch that the ranks do not divide, or more than the data holds.
         """
         batch = self.global_batch
         if batch > samples:
@@ -146,13 +147,7 @@ class Recipe:
             low = max(batch // world_size, 1) * world_size
             raise RecipeError(f"{world_size} ranks do not divide it: use {low} or {low + world_size}", "global_batch")
         per_rank = batch // world_size
-        micro = min(self.micro_batch, per_rank)
-        if per_rank % micro:
-            fits = max(m for m in range(1, micro + 1) if per_rank % m == 0)
-            raise RecipeError(
-                f"does not divide the {per_rank} images of a rank (global_batch / {world_size} ranks): use {fits}",
-                "micro_batch",
-            )
+        micro = max(m for m in range(1, min(self.micro_batch, per_rank) + 1) if per_rank % m == 0)
         steps_per_epoch = samples // batch
         total = self.epochs * steps_per_epoch
         return RunPlan(
