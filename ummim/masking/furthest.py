@@ -1,11 +1,12 @@
 """Furthest sampling of masked tokens (PR-MIM): keep tokens that are spread out evenly, throw the rest."""
 
 import numpy as np
-from numba import njit
 from torch import Tensor, from_numpy
 
+from ummim.masking.compiled import compiled
 
-@njit(cache=True, nogil=True)
+
+@compiled
 def furthest(masked: np.ndarray, width: int, keep: int, first: int) -> np.ndarray:
     """Greedy max-min selection of ``keep`` of the ascending ids ``masked`` (M,), in the order of selection.
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numba import int64, njit, uint64
+from numba import int64, uint64
 
+from ummim.masking.compiled import compiled
 from ummim.masking.furthest import furthest
 from ummim.masking.plan import MaskPlan, SamplePlan
 
@@ -40,7 +41,7 @@ def sample_seed(seed: int, epoch: int, key: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _below(seed: np.uint64, counter: int, bound: int) -> np.int64:
     """Draw ``counter`` of the stream ``seed``, uniform in [0, bound): SplitMix64's finaliser as the hash."""
     z = seed + uint64(counter + 1) * uint64(0x9E3779B97F4A7C15)
@@ -50,7 +51,7 @@ def _below(seed: np.uint64, counter: int, bound: int) -> np.int64:
     return int64(((z >> uint64(32)) * uint64(bound)) >> uint64(32))  # 32 random bits: bound is below 2**16
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _shuffle(values: np.ndarray, count: int, seed: np.uint64, counter: int) -> int:
     """Fisher-Yates: the first ``count`` entries become a random draw without replacement. Returns the counter."""
     for i in range(count):
@@ -59,7 +60,7 @@ def _shuffle(values: np.ndarray, count: int, seed: np.uint64, counter: int) -> i
     return counter + count
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _draw(
     seed: np.uint64, height: int, width: int, uniform: bool, visible_count: int, hidden_count: int,
     thrown_count: int, by_distance: bool,
