@@ -16,8 +16,9 @@ from ummim.engine.metrics import FILE
 from ummim.engine.trainer import train
 from ummim.masking import sample_seed
 from ummim.pretrain import Pretraining
-from ummim.recipe import Recipe, RunPlan
+from ummim.recipe import Recipe
 from ummim.recipe_file import load_recipe
+from ummim.run_plan import RunPlan
 
 
 def batches(recipe: Recipe, plan: RunPlan, rank: int, done: int) -> Iterator[Batch]:

@@ -8,7 +8,8 @@ from ummim.data import ShardIndex
 from ummim.engine.zero import deepspeed_config
 from ummim.errors import DataError
 from ummim.methods.api import Method
-from ummim.recipe import Recipe, RunPlan
+from ummim.recipe import Recipe
+from ummim.run_plan import RunPlan
 
 
 def dry_run(recipe: Recipe, world_size: int) -> str:

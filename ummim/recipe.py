@@ -13,6 +13,7 @@ from ummim.errors import RecipeError
 from ummim.masking import MaskConfig, PlanSampler
 from ummim.methods.api import MethodConfig
 from ummim.nn.aggregation import PartialConfig
+from ummim.run_plan import RunPlan
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Recipe:
         """The mask sampler of this run."""
         return PlanSampler(self.method.mask_grid(self.data.image_size), self.mask, self.throw_ratio)
 
-    def plan(self, world_size: int, samples: int) -> "RunPlan":
+    def plan(self, world_size: int, samples: int) -> RunPlan:
         """Batch, steps and learning rate for ``world_size`` ranks and ``samples`` images.
 
         Raises:
@@ -161,30 +162,3 @@ class Recipe:
             warmup_steps=round(self.optim.warmup_epochs * steps_per_epoch),
             lr=self.optim.base_lr * batch / self.optim.reference_batch,
         )
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """A recipe's arithmetic for one world size and data set.
-
-    Attributes:
-        world_size: ranks.
-        global_batch: images per optimizer step = micro_batch x accumulation x world_size.
-        micro_batch: images per rank and forward pass.
-        accumulation: forward passes per optimizer step.
-        steps_per_epoch: optimizer steps; an epoch's incomplete last batch is dropped.
-        total_steps: length of the schedule.
-        stop_step: where this run ends.
-        warmup_steps: steps of linear warm-up.
-        lr: peak learning rate = base_lr x global_batch / reference_batch.
-    """
-
-    world_size: int
-    global_batch: int
-    micro_batch: int
-    accumulation: int
-    steps_per_epoch: int
-    total_steps: int
-    stop_step: int
-    warmup_steps: int
-    lr: float

@@ -54,7 +54,7 @@ class Batch:
 
 
 class BatchPlan(Protocol):
-    """The batch arithmetic that the loader needs; ``ummim.recipe.Plan`` has it."""
+    """The batch arithmetic that the loader needs; ``ummim.run_plan.RunPlan`` has it."""
 
     @property
     def micro_batch(self) -> int: ...
@@ -159,7 +159,7 @@ def build_loader(
         data: the recipe's data section.
         sampler: draws the mask plans.
         seed: the run's seed.
-        plan: batch arithmetic (``ummim.recipe.Plan``).
+        plan: batch arithmetic (``ummim.run_plan.RunPlan``).
         rank, world_size: this process among all.
         start_step: optimizer steps already done; the next one's samples come first, nothing is replayed.
 

@@ -19,7 +19,8 @@ from ummim.errors import UserError
 
 if TYPE_CHECKING:
     from ummim.engine.zero import World
-    from ummim.recipe import Recipe, RunPlan
+    from ummim.recipe import Recipe
+    from ummim.run_plan import RunPlan
 
 FILE = "metrics.jsonl"
 QUIET_SECONDS = 10.0  # between two plain lines

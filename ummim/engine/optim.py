@@ -1,16 +1,13 @@
 """AdamW, its two parameter groups, and the learning rate as a pure function of the optimizer step."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 
-if TYPE_CHECKING:
-    from ummim.recipe import RunPlan
+from ummim.run_plan import RunPlan
 
 
 @dataclass(frozen=True)

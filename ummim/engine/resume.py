@@ -15,7 +15,8 @@ from ummim.errors import CheckpointError
 
 if TYPE_CHECKING:
     from ummim.engine.zero import World
-    from ummim.recipe import Recipe, RunPlan
+    from ummim.recipe import Recipe
+    from ummim.run_plan import RunPlan
 
 log = logging.getLogger(__name__)
 

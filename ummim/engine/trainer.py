@@ -21,7 +21,8 @@ from ummim.engine.optim import build_schedule
 
 if TYPE_CHECKING:
     from ummim.engine.zero import World
-    from ummim.recipe import Recipe, RunPlan
+    from ummim.recipe import Recipe
+    from ummim.run_plan import RunPlan
 
 log = logging.getLogger(__name__)
 

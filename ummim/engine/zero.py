@@ -27,7 +27,8 @@ from ummim.engine.optim import build_optimizer
 from ummim.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
-    from ummim.recipe import Recipe, RunPlan
+    from ummim.recipe import Recipe
+    from ummim.run_plan import RunPlan
 
 RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
