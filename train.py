@@ -1,7 +1,7 @@
 """The one entry point: ``python train.py RECIPE [key=value ...] [--dry-run]``, also under deepspeed and torchrun.
 
 RECIPE is a packaged name (``ummim recipes``) or a YAML file. The same command again goes on where the last one
-stopped. Exit codes: 0 done, 2 your mistake (one message), 1 ours, 143 after a clean preemption save.
+stopped. Exit codes: 0 done, 2 your mistake (one message), 1 ours, 130 (Ctrl-C) and 143 (SIGTERM, SIGUSR1) after a save.
 """
 
 import argparse
@@ -11,19 +11,30 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ummim.errors import run_main
+from ummim.atomic import write_text
+from ummim.engine.faults import EXIT_INTERRUPT
+from ummim.errors import EXIT_USER, RecipeError, run_main
 from ummim.recipe import Recipe
 from ummim.recipe_file import dump_recipe, load_recipe
+from ummim.run_plan import RunPlan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(argv)
     logging.basicConfig(format="ummim: %(message)s", level=logging.WARNING)
-    return run_main(lambda: _run(options))
+    try:
+        return run_main(lambda: _run(options))
+    except KeyboardInterrupt:  # before there was anything to save
+        return EXIT_INTERRUPT
 
 
 def _run(options: argparse.Namespace) -> int:
-    recipe = load_recipe(options.recipe, options.overrides)
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+    except RecipeError:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        return EXIT_USER  # rank 0 says it
     if options.dry_run:
         from ummim.dry_run import dry_run
 
@@ -37,40 +48,48 @@ def pretrain(recipe: Recipe) -> int:
     import torch
 
     from ummim.data import Batch, ShardIndex, build_loader, fixed_batch
+    from ummim.engine.faults import on_main
+    from ummim.engine.resume import lock
     from ummim.engine.trainer import train
-    from ummim.engine.zero import setup_distributed, shutdown
+    from ummim.engine.zero import deepspeed_config, setup_distributed, shutdown
     from ummim.environment import write_environment
     from ummim.pretrain import Pretraining
     from ummim.reconstruct import draw_reconstruction
 
     world = setup_distributed()
-    try:
+    output = Path(recipe.output)
+
+    def prepare() -> tuple[ShardIndex, RunPlan]:
         index = ShardIndex.open(recipe.data.shards)
         index.check()
         plan = recipe.plan(world.size, len(index))
-        sampler = recipe.sampler()
-        sampler.warm_up()
-        torch.manual_seed(recipe.seed)  # the same weights on every rank
-        method = recipe.method.build(recipe.data.image_size, recipe.partial, recipe.throw_ratio > 0)
-        output = Path(recipe.output)
+        deepspeed_config(recipe, plan)
+        lock(output)
+        return index, plan
 
-        def batches(done: int) -> Iterable[Batch]:
-            if world.is_main:  # the run is ours from here on: a refused checkpoint has ended it before
-                output.mkdir(parents=True, exist_ok=True)
-                (output / "recipe.yaml").write_text(dump_recipe(recipe))
-                write_environment(output, world.size, index.digest)
-            return build_loader(index, recipe.data, sampler, recipe.seed, plan, world.rank, world.size, start_step=done)
+    index, plan = on_main(prepare, world)  # one rank asks the file system, and one message tells what is wrong
+    sampler = recipe.sampler()
+    sampler.warm_up()
+    torch.manual_seed(recipe.seed)  # the same weights on every rank
+    method = recipe.method.build(recipe.data.image_size, recipe.partial, recipe.throw_ratio > 0)
+    fixed = fixed_batch(index, recipe.data, sampler, recipe.seed, recipe.figure_images).to(world.device)
 
-        fixed = fixed_batch(index, recipe.data, sampler, recipe.seed, recipe.figure_images).to(world.device)
+    def batches(done: int) -> Iterable[Batch]:
+        if world.is_main:  # the run is ours from here on: a refused checkpoint has ended it before
+            write_text(output / "recipe.yaml", dump_recipe(recipe))
+            write_environment(output, world.size, world.device, index.digest)
+        loader = build_loader(index, recipe.data, sampler, recipe.seed, plan, world.rank, world.size, done)
+        loader.pin_memory = world.device.type == "cuda"
+        return loader
 
-        def on_epoch_end(epoch: int) -> None:
-            if recipe.figure_every and (epoch % recipe.figure_every == 0 or epoch == recipe.epochs):
-                path = output / "reconstructions" / f"epoch-{epoch:04d}.png"
-                draw_reconstruction(method, fixed, path if world.is_main else None, f"{recipe.name}, epoch {epoch}")
+    def on_epoch_end(epoch: int) -> None:
+        if recipe.figure_every and (epoch % recipe.figure_every == 0 or epoch == recipe.epochs):
+            path = output / "reconstructions" / f"epoch-{epoch:04d}.png"
+            draw_reconstruction(method, fixed, path if world.is_main else None, f"{recipe.name}, epoch {epoch}")
 
-        return train(Pretraining(method), recipe, plan, world, index.digest, batches, on_epoch_end)
-    finally:
-        shutdown()
+    code = train(Pretraining(method), recipe, plan, world, index.digest, batches, on_epoch_end)
+    shutdown()  # not after an error: it would wait for ranks that are gone
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

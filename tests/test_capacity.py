@@ -16,6 +16,7 @@ PARAMETERS = 1_000_000
         (1, "bf16", 2 + 4 + 12 / 8),  # gradients accumulate in float32
         (2, "bf16", 2 + 16 / 8),
         (0, "fp32", 16.0),
+        (2, "fp32", 4 + (4 + 12) / 8),  # DeepSpeed clones the partition it updates
         (3, "fp32", 16 / 8),
     ],
 )

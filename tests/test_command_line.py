@@ -1,5 +1,6 @@
 """``ummim``: recipes, show, export, reconstruct, from a run's folder."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY_MAE, TINY_UM_MAE
 from ummim.__main__ import main
+from ummim.engine.checkpoint import seal
 from ummim.interop.run import load_run
 from ummim.recipe_file import dump_recipe, load_recipe, packaged_recipes
 
@@ -27,7 +29,8 @@ def make_run(recipe_file: Path, folder: Path) -> Path:
     checkpoint = folder / "checkpoints" / "step-3"
     checkpoint.mkdir(parents=True)
     save_file({f"method.{key}": value for key, value in method.state_dict().items()}, checkpoint / "model.safetensors")
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    (checkpoint / "recipe.yaml").write_text(dump_recipe(recipe))
+    seal(checkpoint)
     return folder
 
 
@@ -112,8 +115,27 @@ def test_weights_that_do_not_fit_the_recipe_are_refused(run: Path, capsys: pytes
     tensors = load_file(weights)
     tensors.pop("method.embed.bias")
     save_file(tensors, weights)
+    seal(weights.parent)
     assert main(["export", str(run), "/tmp/unused"]) == 2
     assert "embed.bias" in capsys.readouterr().err
     weights.write_bytes(weights.read_bytes()[:100])
     assert main(["export", str(run), "/tmp/unused"]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "model.safetensors has 100 bytes" in capsys.readouterr().err
+
+
+def test_damaged_newest_checkpoint_is_passed_over(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shutil.copytree(run / "checkpoints" / "step-3", run / "checkpoints" / "step-5")
+    assert load_run(run)[2].name == "step-5"
+    (run / "checkpoints" / "step-5" / "model.safetensors").unlink()
+    assert load_run(run)[2].name == "step-3"
+
+
+def test_moved_step_folder_is_enough(run: Path, tmp_path: Path):
+    step = (run / "checkpoints" / "step-3").rename(tmp_path / "kept")
+    assert main(["export", str(step), str(tmp_path / "out.safetensors")]) == 0
+
+
+def test_output_that_cannot_be_written_is_one_message(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").write_text("")
+    assert main(["export", str(run), str(tmp_path / "file" / "out.safetensors")]) == 2
+    assert f"{tmp_path / 'file'}" in capsys.readouterr().err

@@ -107,7 +107,9 @@ def test_killed_run_goes_on_bit_for_bit(undisturbed: Path, shards: Path, write_r
     assert losses(tmp_path / "run") == losses(undisturbed)
 
 
-def test_interrupted_run_saves_and_goes_on(undisturbed: Path, shards: Path, write_recipe: Any, tmp_path: Path):
+def test_interrupted_run_saves_and_a_second_one_in_its_folder_is_refused(
+    undisturbed: Path, shards: Path, write_recipe: Any, tmp_path: Path
+):
     recipe = write_recipe(TINY_UM_MAE, shards)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "train.py", str(recipe), "checkpoint_every=1000", "epochs=400"]
@@ -116,6 +118,9 @@ def test_interrupted_run_saves_and_goes_on(undisturbed: Path, shards: Path, writ
     deadline = time.monotonic() + 120
     while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.01)
+    second = train(recipe, "epochs=400")
+    assert second.returncode == 2
+    assert "another run is writing here" in second.stderr
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130

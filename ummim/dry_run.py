@@ -1,12 +1,13 @@
 """``train.py RECIPE --dry-run``: resolve everything, check data and fit, print it, train nothing."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from ummim.capacity import GIB, zero_state_bytes
 from ummim.data import ShardIndex
 from ummim.engine.zero import deepspeed_config
-from ummim.errors import DataError
 from ummim.methods.api import Method
 from ummim.recipe import Recipe
 from ummim.run_plan import RunPlan
@@ -40,10 +41,12 @@ def dry_run(recipe: Recipe, world_size: int) -> str:
 
 
 def _data(recipe: Recipe) -> tuple[int, str]:
-    try:
-        index = ShardIndex.open(recipe.data.shards)
-    except DataError as error:
-        return recipe.expected_samples, f"not at hand; planned for {recipe.expected_samples:,} images ({error})"
+    if not Path(recipe.data.shards).is_dir():
+        return (
+            recipe.expected_samples,
+            f"{recipe.data.shards}: not at hand; planned for {recipe.expected_samples:,} images",
+        )
+    index = ShardIndex.open(recipe.data.shards)
     index.check()
     return len(index), f"{recipe.data.shards}: {len(index):,} images, digest {index.digest[:12]}"
 

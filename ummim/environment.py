@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from ummim import __version__
+from ummim.atomic import write_text
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "webdataset", "fairscale", "numpy", "numba", "pillow")
 
 
-def environment(world_size: int, shard_digest: str) -> dict[str, Any]:
+def environment(world_size: int, device: torch.device, shard_digest: str) -> dict[str, Any]:
     """Versions, git commit, devices and the digest of the shards' index."""
     return {
         "ummim": __version__,
@@ -25,25 +26,23 @@ def environment(world_size: int, shard_digest: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "world_size": world_size,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "shard_digest": shard_digest,
         "command": sys.argv,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def write_environment(folder: Path, world_size: int, shard_digest: str) -> None:
+def write_environment(folder: Path, world_size: int, device: torch.device, shard_digest: str) -> None:
     """Write ``environment.json``; what earlier starts of the same run wrote stays under ``earlier``."""
     path = folder / "environment.json"
-    record = environment(world_size, shard_digest)
+    record = environment(world_size, device, shard_digest)
     try:
         before = json.loads(path.read_text())
         record["earlier"] = [*before.pop("earlier", []), before]
     except (OSError, ValueError, AttributeError):
         record["earlier"] = []
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(record, indent=2) + "\n")
 
 
 def _git_commit() -> str | None:

@@ -1,7 +1,7 @@
 """Mistakes of the user, and the one place that turns them into a message and an exit code.
 
-Exit codes (every command): 0 done, 2 the user's mistake (one message, no traceback), 1 ours, 143 after a
-clean preemption save.
+Exit codes (every command): 0 done, 2 the user's mistake (one message, no traceback), 1 ours, 130 after Ctrl-C and
+143 after SIGTERM or SIGUSR1, both with a clean save where there is something to save.
 """
 
 import errno
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 EXIT_USER = 2
+_UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 class UserError(Exception):
@@ -42,6 +43,8 @@ def describe(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {os.fspath(error.filename)}" if error.filename else ""
         return f"disk full{where}: free some space and run the same command again; finished files are intact"
+    if isinstance(error, OSError) and error.errno in _UNUSABLE and error.filename:
+        return f"{os.fspath(error.filename)}: {error.strerror}: choose another path, or change its permissions"
     return None
 
 

@@ -3,9 +3,9 @@
 from torch import nn
 
 from ummim.data import Batch
+from ummim.data.normalise import normalise
 from ummim.engine.trainer import TaskOutput
 from ummim.methods.api import Method
-from ummim.reconstruct import normalise
 
 
 class Pretraining(nn.Module):

@@ -44,7 +44,7 @@ class Recipe:
         optim: optimizer and schedule.
         log_every: optimizer steps between lines of metrics.
         checkpoint_every: optimizer steps between checkpoints; one is always written at the end.
-        keep_checkpoints: how many of the newest checkpoints stay.
+        keep_checkpoints: how many of the newest checkpoints stay; 0 keeps all.
         figure_every: epochs between reconstruction figures; 0 draws none.
         figure_images: images in a figure.
         tensorboard: write TensorBoard events.
@@ -88,13 +88,14 @@ class Recipe:
             RecipeError: with the key at fault, what is wrong and how to mend it.
         """
         for key in ("epochs", "expected_samples", "global_batch", "micro_batch", "log_every", "checkpoint_every",
-                    "keep_checkpoints", "figure_images"):  # fmt: skip
+                    "figure_images"):  # fmt: skip
             if getattr(self, key) < 1:
                 raise RecipeError("must be at least 1", key=key)
         if self.max_steps is not None and self.max_steps < 1:
             raise RecipeError("must be at least 1", key="max_steps")
-        if self.figure_every < 0:
-            raise RecipeError("must not be negative", key="figure_every")
+        for key in ("figure_every", "keep_checkpoints"):
+            if getattr(self, key) < 0:
+                raise RecipeError("must not be negative", key=key)
         self._check_optim()
         self.data.validate()
         if not 0 < self.mask.ratio < 1:

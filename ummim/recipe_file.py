@@ -151,6 +151,8 @@ def _override(values: dict[str, Any], origin: dict[str, str], override: str) -> 
         value = text
     if isinstance(value, (int, float)) and _type_of(key) in (str, str | None):
         value = text
+    if key == "base":
+        raise RecipeError(f"{COMMAND_LINE}: base belongs in a recipe file; give that recipe as RECIPE instead")
     *parents, last = key.split(".")
     for parent in parents:
         child = values.setdefault(parent, {})

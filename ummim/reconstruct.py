@@ -1,42 +1,19 @@
 """Reconstruct images with a method and draw the figure, during training and from a checkpoint."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ummim.data import Batch
 from ummim.data.augment import Augment
 from ummim.data.images import decode
+from ummim.data.normalise import denormalise, normalise
 from ummim.errors import DataError
 from ummim.masking import sample_seed
 from ummim.methods.api import Method
 from ummim.recipe import Recipe
 from ummim.visualize import predicted_pixels, reconstruction_figure, save_figure
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-@lru_cache(maxsize=8)
-def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    """(3, 1, 1) float32 mean and deviation; not buffers, which DeepSpeed would round to 16 bits."""
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return mean, std
-
-
-def normalise(images: Tensor) -> Tensor:
-    """(B, 3, H, W) uint8 -> float32 with ImageNet's mean and deviation."""
-    mean, std = _constants(images.device)
-    return (images.float() / 255 - mean) / std
-
-
-def denormalise(images: Tensor) -> Tensor:
-    """The inverse, to float32 in [0, 1] where the input was an image."""
-    mean, std = _constants(images.device)
-    return images.float() * std + mean
 
 
 @torch.no_grad()
@@ -45,8 +22,9 @@ def draw_reconstruction(method: Method, batch: Batch, path: Path | None, title: 
 
     Under ZeRO-3 every rank must call; those that only compute pass ``path=None``.
     """
-    images = normalise(batch.images)
-    output = method(images, batch.plan)
+    images, training = normalise(batch.images), method.training
+    output = method.eval()(images, batch.plan)
+    method.train(training)
     if path is None:
         return
     pixels, covered = predicted_pixels(images, output, method.patch_size, method.norm_pix_loss)

@@ -124,7 +124,7 @@ def test_resume_never_starts_anew_and_loses_nothing(world, output, caplog):
     (output / "shards").mkdir()  # not the run's
     for number in (1, 2):
         assert go(world, output, resume="never") == 0
-        assert f"is now in {output / f'before-{number}'}" in caplog.text
+        assert f"moved to {output / f'before-{number}'}" in caplog.text
     for folder in (output, output / "before-1", output / "before-2"):
         assert losses(folder) == first
         assert checkpoint.fault(folder / "checkpoints" / "step-6") is None
@@ -148,9 +148,32 @@ def test_a_path_to_nothing_is_refused(output, tmp_path):
             resume.find(str(path), tmp_path / "new")
 
 
-def test_a_path_that_would_fork_the_run_is_refused(output):
-    with pytest.raises(CheckpointError, match="holds step-6, which is newer"):
-        resume.find(str(output / "checkpoints" / "step-2"), output)
+def test_a_path_to_an_earlier_step_goes_back_there_and_loses_nothing(world, output):
+    first = losses(output)
+    step = output / "checkpoints" / "step-4"
+    assert resume.find(str(step), output) == step
+    assert [p.name for p in resume.steps(output / "checkpoints")] == ["step-4", "step-2"]
+    assert (output / "before-1" / "step-6").is_dir()
+    assert go(world, output) == 0
+    assert losses(output) == first
+
+
+def test_the_same_command_goes_on_from_a_path_and_then_from_its_own_checkpoints(world, output, tmp_path, caplog):
+    new, origin = tmp_path / "new", str(output / "checkpoints" / "step-2")
+    assert go(world, new, resume=origin) == 0
+    assert resume.find(origin, new) == new / "checkpoints" / "step-6"
+    assert "has gone on from there" in caplog.text
+
+
+def test_the_recipes_optimizer_settings_win_over_the_checkpoints(world, output):
+    from ummim.engine.optim import OptimConfig
+
+    before = losses(output)
+    (output / "checkpoints" / "step-6").rename(output / "aside")
+    assert go(world, output, optim=OptimConfig(base_lr=1e-3, warmup_epochs=1, betas=(0.5, 0.6), weight_decay=0.9)) == 0
+    after = losses(output)
+    assert [after[s] for s in (1, 2, 3, 4, 5)] == [before[s] for s in (1, 2, 3, 4, 5)]
+    assert after[6] != before[6]
 
 
 @pytest.mark.parametrize(
@@ -232,5 +255,5 @@ def test_the_state_of_a_run_is_plain_json(finished):
     assert len(state.pop("layout")) == 64
     assert state == {
         "step": 6, "epoch": 1.5, "samples": 24, "recipe": "toy", "world_size": 1, "zero_stage": 2,
-        "precision": "fp32", "global_batch": 4, "index_digest": "digest",
+        "precision": "fp32", "global_batch": 4, "seed": 0, "index_digest": "digest",
     }  # fmt: skip

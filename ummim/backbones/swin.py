@@ -89,7 +89,7 @@ class WindowAttention(nn.Module):
         differences = differences.to(torch.promote_types(dtype, differences.dtype))
         signed_log = differences.sign() * differences.abs().log1p()
         table = self.posmlp(signed_log.to(dtype))  # (L, heads)
-        bias = F.embedding(index, table).permute(0, 1, 4, 2, 3)
+        bias = F.embedding(index, table).permute(0, 1, 4, 2, 3).contiguous()  # fused kernels need its last stride 1
         return bias if mask is None else bias + mask[:, None].to(bias.dtype)
 
     def forward(self, x: Tensor, differences: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:

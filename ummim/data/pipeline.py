@@ -113,6 +113,7 @@ class Loader:
 
     def __init__(self, samples: Samples, micro_batches: MicroBatches, workers: int) -> None:
         self.samples, self.micro_batches, self.workers = samples, micro_batches, workers
+        self.pin_memory = False  # set it for a CUDA device: batches come in page-locked memory
 
     def __len__(self) -> int:
         return len(self.micro_batches)
@@ -129,7 +130,7 @@ class Loader:
                 batch_sampler=self.micro_batches,
                 num_workers=self.workers,
                 collate_fn=_as_is,
-                pin_memory=torch.cuda.is_available(),
+                pin_memory=self.pin_memory,
                 worker_init_fn=start_worker,
                 prefetch_factor=2 if self.workers else None,
                 generator=torch.Generator(),  # else the DataLoader draws from, and so moves, the global one

@@ -49,6 +49,7 @@ class RunState:
     zero_stage: int
     precision: str
     global_batch: int
+    seed: int
     index_digest: str
     layout: str
 
@@ -63,6 +64,7 @@ class RunState:
             zero_stage=recipe.zero_stage,
             precision=recipe.precision,
             global_batch=plan.global_batch,
+            seed=recipe.seed,
             index_digest=digest,
             layout=layout,
         )
@@ -78,12 +80,15 @@ def save(engine: Any, output: Path, state: RunState, keep: int, world: World) ->
     temporary = folder / f".tmp-step-{state.step}"
     on_main(lambda: _prepare(temporary), world)
     files = engine.checkpoint_engine
-    files.error = None
+    files.error, files.written = None, []
     engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
     weights = zero.full_state_dict(engine)
-    errors: list[str | None] = [None] * world.size
-    dist.all_gather_object(errors, None if files.error is None else str(files.error))
-    failure = next((error for error in errors if error), None)
+    reports: list[tuple[str | None, list[str]]] = [(None, [])] * world.size
+    dist.all_gather_object(reports, (None if files.error is None else str(files.error), files.written))
+    failure = next((error for error, _ in reports if error), None)
+    unseen = [path for _, written in reports for path in written if world.is_main and not Path(path).exists()]
+    if failure is None and unseen:
+        failure = f"{unseen[0]} is not to be seen from rank 0: name an output on a file system that all hosts share"
     if world.is_main and failure is None:
         try:
             save_file(weights, temporary / WEIGHTS)
@@ -111,8 +116,7 @@ def _finish(temporary: Path, final: Path, state: RunState) -> None:
     recipe = final.parents[1] / "recipe.yaml"
     if recipe.is_file():
         shutil.copyfile(recipe, temporary / recipe.name)
-    listing = {str(p.relative_to(temporary)): _fingerprint(p) for p in _files(temporary)}
-    (temporary / MANIFEST).write_text(json.dumps({"files": listing}, indent=2) + "\n")
+    seal(temporary)
     for path in (*_files(temporary), temporary / MANIFEST, temporary):
         _sync(path)
     if final.exists():  # found damaged at the start, or the same step trained again
@@ -123,6 +127,12 @@ def _finish(temporary: Path, final: Path, state: RunState) -> None:
     _sync(latest)
     latest.replace(final.parent / "latest")
     _sync(final.parent)
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of a step folder: the size and checksum of every file in it."""
+    listing = {str(path.relative_to(folder)): _fingerprint(path) for path in _files(folder)}
+    (folder / MANIFEST).write_text(json.dumps({"files": listing}, indent=2) + "\n")
 
 
 def _unwritten(folder: Path, state: RunState, reason: str, world: World) -> CheckpointError:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import pickle
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ummim.engine.checkpoint import FOLDER, MANIFEST, STATE, RunState, fault, remove_leftovers, steps
 from ummim.engine.faults import on_main
@@ -21,6 +22,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RUN_FILES = (FOLDER, "metrics.jsonl", "recipe.yaml", "environment.json", "reconstructions", "tensorboard")
+
+
+_locks: list[IO[str]] = []  # held until the process ends
+
+
+def lock(output: Path) -> None:
+    """Make ``output`` and take it for this process. Raises CheckpointError if another run is in it."""
+    output.mkdir(parents=True, exist_ok=True)
+    file = (output / ".lock").open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by the loader's workers
+    except (BlockingIOError, PermissionError):
+        raise CheckpointError(f"{output}: another run is writing here: wait for it, or name another output") from None
+    _locks.append(file)
 
 
 def newest_valid(folder: Path) -> Path | None:
@@ -44,15 +59,16 @@ def newest_valid(folder: Path) -> Path | None:
 def find(resume: str, output: Path) -> Path | None:
     """The step folder to go on from (None: start afresh) for ``resume``: auto, never, or a path.
 
-    A path is a step folder, a run's folder, or its ``checkpoints``. Raises CheckpointError where a run would be
-    mixed with another one: a path older than the output's own newest. ``never`` sets an earlier run aside.
+    A path is a step folder, a run's folder, or its ``checkpoints``. Where the output has gone on from another run's
+    path, its own newest is taken, so that the same command resumes; a path to an earlier step of the output itself
+    goes back there. ``never``, and going back, set later files aside. Raises CheckpointError if nothing whole is there.
     """
     own = output / FOLDER
     newest = next(iter(steps(own)), None)
     if resume == "auto":
         return newest_valid(own)
     if resume == "never":
-        set_aside(output)
+        set_aside(output, [output / name for name in RUN_FILES])
         return None
     path = Path(resume)
     if (path / MANIFEST).is_file() or path.name.startswith("step-"):
@@ -64,21 +80,24 @@ def find(resume: str, output: Path) -> Path | None:
         found = newest_valid(path / FOLDER if (path / FOLDER).is_dir() else path)
     if found is None:
         raise CheckpointError(f"resume={resume}: no checkpoint there: give a step folder or a run's folder")
-    if newest is not None and int(newest.name[5:]) > read_state(found).step:
-        raise CheckpointError(f"resume={resume}, but {own} holds {newest.name}, which is newer: name another output")
+    if found.resolve().parent == own.resolve():
+        set_aside(output, [later for later in steps(own) if int(later.name[5:]) > int(found.name[5:])])
+    elif newest is not None and int(newest.name[5:]) > read_state(found).step:
+        log.warning("resume=%s: %s has gone on from there", resume, output)
+        return newest_valid(own)
     return found
 
 
-def set_aside(output: Path) -> None:
-    """Move what an earlier run left in ``output`` to ``output/before-1`` (-2, ...), so that a new one starts clean."""
-    left = [output / name for name in RUN_FILES if (output / name).exists()]
+def set_aside(output: Path, paths: list[Path]) -> None:
+    """Move those of ``paths`` that exist to ``output/before-1`` (-2, ...): out of the way, and not lost."""
+    left = [path for path in paths if path.exists()]
     if left:
         number = 1 + max((int(p.name[7:]) for p in output.glob("before-*") if p.name[7:].isdigit()), default=0)
         aside = output / f"before-{number}"
         aside.mkdir()
         for path in left:
             path.rename(aside / path.name)
-        log.warning("resume=never: what %s held is now in %s", output, aside)
+        log.warning("%s: moved to %s", ", ".join(str(path) for path in left), aside)
 
 
 def read_state(checkpoint: Path) -> RunState:
@@ -108,10 +127,13 @@ def restore(engine: Any, recipe: Recipe, plan: RunPlan, digest: str, world: Worl
     found = on_main(choose, world)
     if found is None:
         return 0
+    fresh_groups = [dict(group) for group in engine.optimizer.param_groups]
     try:
         engine.load_checkpoint(str(found.parent), tag=found.name)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{found} holds more than tensors and plain values: not loaded. {error}") from error
+    for group, fresh in zip(engine.optimizer.param_groups, fresh_groups, strict=True):
+        group.update({name: fresh[name] for name in ("weight_decay", "betas", "eps")})  # the recipe's, not the file's
     return read_state(found).step
 
 
@@ -121,6 +143,7 @@ def _compare(found: Path, then: RunState, now: RunState) -> None:
         "zero_stage": f"set zero_stage={then.zero_stage}",
         "precision": f"set precision={then.precision}",
         "global_batch": f"set global_batch={then.global_batch}",
+        "seed": f"set seed={then.seed}",
         "index_digest": "use the shards it was trained on",
         "layout": "it is another model: set the method section as in its recipe.yaml",
     }

@@ -107,7 +107,6 @@ def fit(
                 metrics.log({**state, **record, **extra})
             if on_epoch_end is not None and done % plan.steps_per_epoch == 0:
                 on_epoch_end(done // plan.steps_per_epoch)
-                engine.train()
             if stop or done == plan.stop_step or (recipe.checkpoint_every and done % recipe.checkpoint_every == 0):
                 reached = checkpoint.RunState.at(done, recipe, plan, digest, engine.layout)
                 checkpoint.save(engine, output, reached, recipe.keep_checkpoints, world)

@@ -71,6 +71,8 @@ def setup_distributed() -> World:
     missing = [name for name in RENDEZVOUS if not os.environ.get(name)]
     if "RANK" not in missing and missing:
         raise UserError(f"RANK is set but {', '.join(missing)} is not: start with torchrun or deepspeed, or unset RANK")
+    if missing and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        raise UserError("srun started several tasks without a rendezvous: have srun start torchrun, once per node")
     if missing:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -274,9 +276,11 @@ def _checkpoint_files() -> Any:
 
     class SafeFiles(TorchCheckpointEngine):
         error: Exception | None = None
+        written: list[str]  # the files of one checkpoint, set before it
 
         def save(self, state_dict: Any, path: str) -> None:
             try:
+                self.written.append(path)
                 with Path(path).open("wb") as file:
                     torch.save(state_dict, file)
                     file.flush()

@@ -5,12 +5,13 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ummim.engine.checkpoint import FOLDER, WEIGHTS, fault
+from ummim.engine.resume import newest_valid
 from ummim.errors import CheckpointError
 from ummim.methods.api import Method
 from ummim.recipe import Recipe
 from ummim.recipe_file import load_recipe
 
-WEIGHTS = "model.safetensors"
 _PREFIX = "method."  # the engine saves the task, which holds the method
 
 
@@ -24,10 +25,10 @@ def load_run(path: str | Path) -> tuple[Recipe, Method, Path]:
         CheckpointError: nothing there, or weights that do not fit the recipe.
     """
     checkpoint = _checkpoint(Path(path))
-    run = checkpoint.parent.parent
-    if not (run / "recipe.yaml").is_file():
-        raise CheckpointError(f"{run}: no recipe.yaml beside the checkpoints; give the folder train.py wrote")
-    recipe = load_recipe(str(run / "recipe.yaml"))
+    recipe_file = checkpoint / "recipe.yaml"
+    if not recipe_file.is_file():
+        raise CheckpointError(f"{checkpoint}: has no recipe.yaml; give a folder that train.py wrote")
+    recipe = load_recipe(str(recipe_file))
     method = recipe.method.build(recipe.data.image_size, recipe.partial, recipe.throw_ratio > 0)
     try:
         tensors = load_file(checkpoint / WEIGHTS)
@@ -38,20 +39,19 @@ def load_run(path: str | Path) -> tuple[Recipe, Method, Path]:
         method.load_state_dict(weights)
     except RuntimeError as error:
         problem = " ".join(str(error).split())
-        raise CheckpointError(f"{checkpoint / WEIGHTS}: does not fit {run / 'recipe.yaml'}: {problem}") from None
+        raise CheckpointError(f"{checkpoint / WEIGHTS}: does not fit {recipe_file}: {problem}") from None
     return recipe, method.eval(), checkpoint
 
 
 def _checkpoint(path: Path) -> Path:
+    """The step folder that ``path`` names, or the newest whole one of the run it names."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; give a run's folder or one of its checkpoints/step-N")
-    if (path / WEIGHTS).is_file():
-        return path.resolve()
-    steps = {
-        int(folder.name.removeprefix("step-")): folder
-        for folder in (path / "checkpoints").glob("step-*")
-        if folder.name.removeprefix("step-").isdecimal() and (folder / WEIGHTS).is_file()
-    }
-    if not steps:
-        raise CheckpointError(f"{path}: holds no checkpoint with {WEIGHTS}; give a run's folder or a step-N folder")
-    return steps[max(steps)].resolve()
+    if (path / FOLDER).is_dir():
+        found = newest_valid(path / FOLDER)
+        if found is None:
+            raise CheckpointError(f"{path}: holds no checkpoint yet")
+        return found.resolve()
+    if wrong := fault(path):
+        raise CheckpointError(f"{path}: {wrong}: give a run's folder or a whole checkpoints/step-N")
+    return path.resolve()

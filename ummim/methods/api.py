@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from ummim.errors import RecipeError
-from ummim.masking import MaskConfig
+from ummim.masking import MaskConfig, MaskPlan
 from ummim.nn.aggregation import PartialConfig
 
 
@@ -49,6 +49,15 @@ class Method(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The Transformer blocks, the units of activation checkpointing."""
         raise NotImplementedError
+
+    def check_inputs(self, images: Tensor, plan: MaskPlan) -> None:
+        """Raise ValueError for images or a plan of other sizes than the model's; static, so it compiles."""
+        size = (self.grid[0] * self.patch_size, self.grid[1] * self.patch_size)
+        if tuple(images.shape[2:]) != size or plan.grid != self.grid:
+            raise ValueError(
+                f"the model takes images of {size} pixels and plans of a {self.grid} grid, not "
+                f"{tuple(images.shape[2:])} and {plan.grid}"
+            )
 
 
 @dataclass(frozen=True)

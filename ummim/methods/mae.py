@@ -73,6 +73,7 @@ class MAE(Method):
         return [*self.encoder.blocks, *self.decoder.blocks]
 
     def forward(self, images: Tensor, plan: MaskPlan) -> MIMOutput:
+        self.check_inputs(images, plan)
         latent = self.encoder(images, plan)  # (B, 1 + V, D)
         visible, kept = self.decoder(self.embed(latent), plan)  # (B, V, d), (B, K, d)
         tokens, ids = self.aggregation(visible, kept, plan)  # (B, n, d), (B, n)

@@ -102,6 +102,7 @@ class UMMAE(Method):
         return [*encoder, *self.decoder.blocks]
 
     def forward(self, images: Tensor, plan: MaskPlan) -> MIMOutput:
+        self.check_inputs(images, plan)
         x = self.encoder(images, plan)  # (B, h/4, w/4, 8C): each token covers 2x2 visible patches
         x = F.pixel_shuffle(self.embed(x).permute(0, 3, 1, 2), 2)  # (B, d, h/2, w/2)
         x = x.flatten(2).transpose(1, 2)  # (B, V, d), in the plan's block order
