@@ -91,6 +91,8 @@ class Recipe:
                     "figure_images"):  # fmt: skip
             if getattr(self, key) < 1:
                 raise RecipeError("must be at least 1", key=key)
+        if not 0 <= self.seed < 2**63:
+            raise RecipeError("must be between 0 and 2**63 - 1", key="seed")
         if self.max_steps is not None and self.max_steps < 1:
             raise RecipeError("must be at least 1", key="max_steps")
         for key in ("figure_every", "keep_checkpoints"):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import jsonargparse
 import yaml
@@ -199,6 +199,8 @@ def _check_keys(values: Mapping[str, Any], kind: type, prefix: str) -> None:
         if key not in names:
             sections = [] if prefix else ["base", "method"]
             raise RecipeError(f"unknown key{_suggest(str(key), names + sections)}", prefix + str(key))
+        if value is None and type(None) not in get_args(known[key]):
+            raise RecipeError("must have a value", prefix + key)
         if dataclasses.is_dataclass(known[key]):
             if not isinstance(value, dict):
                 raise RecipeError("is a section: give its keys below it", prefix + key)

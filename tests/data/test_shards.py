@@ -137,3 +137,18 @@ def _open_files() -> int:
 
 def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("key", ["shards", "labelled", "table_sha256", "source"])
+def test_an_index_without_a_key_is_refused(folder: Path, key: str) -> None:
+    content = json.loads((folder / "index.json").read_text())
+    content.pop(key)
+    (folder / "index.json").write_text(json.dumps(content))
+    assert "not a whole index" in refused(folder)
+
+
+def test_an_index_with_a_foreign_shard_entry_is_refused(folder: Path) -> None:
+    content = json.loads((folder / "index.json").read_text())
+    content["shards"][0]["colour"] = "red"
+    (folder / "index.json").write_text(json.dumps(content))
+    assert "not a whole index" in refused(folder)

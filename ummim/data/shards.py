@@ -73,18 +73,25 @@ class ShardIndex:
         """
         root = Path(folder)
         content, raw = _read_index(root)
+        try:
+            shards = tuple(Shard(**entry) for entry in content["shards"])
+            table_sha256, source = content["table_sha256"], content["source"]
+            labelled = content["labelled"]
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"{root / INDEX} is not a whole index ({error}): make it anew: python -m data_prep index {root}"
+            ) from None
         classes = read_classes(root)
-        if content["labelled"] and classes is None:
+        if labelled and classes is None:
             raise DataError(
                 f"{root / CLASSES} is missing, but the samples are labelled: restore it (one class name a "
                 f"line, in label order), or drop the labels: python -m data_prep index --ignore-labels {root}"
             )
-        shards = tuple(Shard(**entry) for entry in content["shards"])
         first = np.cumsum([0, *(shard.samples for shard in shards)], dtype=np.int64)
         table = _map_table(root, int(first[-1]))
-        labels = classes if content["labelled"] else None
+        labels = classes if labelled else None
         digest = hashlib.sha256(raw).hexdigest()
-        return ShardIndex(root, shards, first, table, labels, digest, content["table_sha256"], content["source"])
+        return ShardIndex(root, shards, first, table, labels, digest, table_sha256, source)
 
     def __len__(self) -> int:
         return len(self.table)
