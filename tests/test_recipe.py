@@ -23,7 +23,7 @@ def test_max_steps_stops_early_and_keeps_the_schedule():
 
 
 def test_world_size_that_does_not_divide_the_batch_is_one_clear_error():
-    with pytest.raises(RecipeError, match="3 ranks do not divide it: use 4095 or 4098"):
+    with pytest.raises(RecipeError, match="global_batch = 4096: 3 ranks do not divide it: use 4095 or 4098"):
         load_recipe("mae_vit_base_800e").plan(3, IMAGENET)
 
 
@@ -34,5 +34,5 @@ def test_micro_batch_is_the_largest_divisor_within_the_limit(limit: int, micro: 
 
 
 def test_batch_larger_than_the_data_is_one_clear_error():
-    with pytest.raises(RecipeError, match="only 100 images"):
+    with pytest.raises(RecipeError, match="global_batch = 4096: .*only 100 images"):
         load_recipe("mae_vit_base_800e").plan(1, 100)

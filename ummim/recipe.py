@@ -146,10 +146,12 @@ class Recipe:
         """
         batch = self.global_batch
         if batch > samples:
-            raise RecipeError(f"the data holds only {samples} images: use at most that many", "global_batch")
+            raise RecipeError(f"global_batch = {batch}: the data holds only {samples} images: use at most that many")
         if batch % world_size:
             low = max(batch // world_size, 1) * world_size
-            raise RecipeError(f"{world_size} ranks do not divide it: use {low} or {low + world_size}", "global_batch")
+            raise RecipeError(
+                f"global_batch = {batch}: {world_size} ranks do not divide it: use {low} or {low + world_size}"
+            )
         per_rank = batch // world_size
         micro = max(m for m in range(1, min(self.micro_batch, per_rank) + 1) if per_rank % m == 0)
         steps_per_epoch = samples // batch
