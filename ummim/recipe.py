@@ -5,6 +5,7 @@ for a world size. Reading YAML is recipe_file.py's.
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from ummim.data.config import DataConfig
@@ -37,6 +38,7 @@ class Recipe:
         precision: of weights and activations in the model; bf16 and fp16 keep float32 master weights.
         activation_checkpointing: recompute blocks in the backward pass, by PyTorch's, DeepSpeed's or fairscale's
             implementation (the last also with activations offloaded to the CPU).
+        compile: torch.compile the method, at ZeRO stages 0 to 2; the first step then takes minutes.
         ds_config: a DeepSpeed JSON to use instead of ``ds_configs/zero<stage>.json``.
         throw_ratio: PR-MIM's r: thrown tokens as a share of all tokens; 0 is full reconstruction.
         partial: how thrown tokens are reconstructed.
@@ -67,6 +69,7 @@ class Recipe:
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     activation_checkpointing: Literal["none", "torch", "deepspeed", "fairscale", "fairscale_offload"] = "none"
+    compile: bool = False
     ds_config: str | None = None
     throw_ratio: float = 0.0
     partial: PartialConfig = field(default_factory=PartialConfig)
@@ -98,6 +101,12 @@ class Recipe:
         for key in ("figure_every", "keep_checkpoints"):
             if getattr(self, key) < 0:
                 raise RecipeError("must not be negative", key=key)
+        if self.compile and self.zero_stage == 3:
+            raise RecipeError(
+                "ZeRO-3 gathers weights between the operations of a graph; use zero_stage 0 to 2", "compile"
+            )
+        if self.compile and not self.method.static_shapes:
+            raise RecipeError("this method's shapes follow the mask, so each step would be compiled anew", "compile")
         self._check_optim()
         self.data.validate()
         if not 0 < self.mask.ratio < 1:
@@ -111,13 +120,22 @@ class Recipe:
             )
         if self.partial.kernel_size < 1 or self.partial.kernel_size % 2 == 0:
             raise RecipeError("must be odd, such as 7", "partial.kernel_size")
+        if self.mask.shared_by < 1 or self.global_batch % self.mask.shared_by:
+            raise RecipeError(f"must divide global_batch = {self.global_batch}", "mask.shared_by")
         if self.mask.kind == "uniform" and self.mask.ratio != 0.75:
             raise RecipeError("a uniform mask keeps one token of four: set it to 0.75", "mask.ratio")
         self.method.check(self.data.image_size, self.mask, self.throw_ratio)
+        if self.method.attention is not None and self.data.crop != "resized":
+            raise RecipeError("attention maps follow resized crops only", "data.crop")
         try:
             self.sampler()
         except ValueError as error:
-            raise RecipeError(str(error), "mask.kind" if self.mask.kind == "uniform" else "mask.ratio") from None
+            raise RecipeError(str(error), self._mask_key()) from None
+
+    def _mask_key(self) -> str:
+        if self.mask.unit != 1:
+            return "mask.unit"
+        return "mask.kind" if self.mask.kind == "uniform" else "mask.ratio"
 
     def _check_optim(self) -> None:
         optim = self.optim
@@ -128,7 +146,19 @@ class Recipe:
             ("eps", optim.eps > 0, "must be above 0"),
             ("weight_decay", optim.weight_decay >= 0, "must not be negative"),
             ("warmup_epochs", 0 <= optim.warmup_epochs <= self.epochs, f"must be between 0 and epochs = {self.epochs}"),
+            ("warmup_lr", 0 <= optim.warmup_lr <= optim.base_lr, f"must be between 0 and base_lr = {optim.base_lr}"),
             ("min_lr", optim.min_lr >= 0, "must not be negative"),
+            ("decay_rate", 0 < optim.decay_rate <= 1, "must be above 0 and at most 1"),
+            (
+                "decay_epochs",
+                all(a < b for a, b in pairwise((0, *optim.decay_epochs))),
+                "must ascend from above 0",
+            ),
+            (
+                "decay_epochs",
+                bool(optim.decay_epochs) == (optim.schedule == "step"),
+                "goes with schedule: step, and only with it; name at least one epoch there, such as [700]",
+            ),
             ("clip_grad", optim.clip_grad >= 0, "must not be negative; 0 switches clipping off"),
         ):
             if not fits:
@@ -153,7 +183,8 @@ class Recipe:
                 f"global_batch = {batch}: {world_size} ranks do not divide it: use {low} or {low + world_size}"
             )
         per_rank = batch // world_size
-        micro = max(m for m in range(1, min(self.micro_batch, per_rank) + 1) if per_rank % m == 0)
+        share = self.mask.shared_by if self.mask.shared_by > 1 else per_rank  # a micro-batch lies within one share
+        micro = max(m for m in range(1, min(self.micro_batch, per_rank) + 1) if per_rank % m == 0 and share % m == 0)
         steps_per_epoch = samples // batch
         total = self.epochs * steps_per_epoch
         return RunPlan(

@@ -56,8 +56,11 @@ def build_recipe(values: dict[str, Any], origin: dict[str, str], path: Path) -> 
     values.setdefault("output", f"runs/{values['name']}")
     try:
         _check_keys(values, Recipe, "")
-        _check_keys(options, config, "method.")
-        recipe = _parse(values, options, config)
+        narrowed = _choose_kinds(config, options)
+        _check_keys(options, narrowed, "method.")
+        recipe = _parse(values, options, narrowed)
+        fields = {field.name: getattr(recipe.method, field.name) for field in dataclasses.fields(config)}
+        recipe = dataclasses.replace(recipe, method=config(**fields))
         recipe.check()
     except RecipeError as error:
         raise _locate(error, values | {"method": method}, origin, path) from None
@@ -189,6 +192,23 @@ def _method_config(method: Any, source: str) -> type[MethodConfig]:
     if not (isinstance(config, type) and issubclass(config, MethodConfig)):
         raise RecipeError(f"{source}: method.name = {name!r}: the module has no Config(MethodConfig)")
     return config
+
+
+def _choose_kinds(config: type[MethodConfig], options: Mapping[str, Any]) -> type[MethodConfig]:
+    """``config`` with every section that may be of several kinds (``encoder: ViTConfig | SwinConfig``) declared as
+    the one whose ``kind`` the recipe names, by default the first: so that it is checked and parsed as that one."""
+    chosen: list[tuple[str, Any, Any]] = []
+    for key, declared in get_type_hints(config).items():
+        members: list[Any] = [member for member in get_args(declared) if dataclasses.is_dataclass(member)]
+        kinds = {member.kind: member for member in members}
+        if not kinds:
+            continue
+        section = options.get(key)
+        kind = section.get("kind", next(iter(kinds))) if isinstance(section, dict) else next(iter(kinds))
+        if kind not in kinds:
+            raise RecipeError(f"no such kind{_suggest(str(kind), list(kinds))}", f"method.{key}.kind")
+        chosen.append((key, kinds[kind], dataclasses.field(default_factory=kinds[kind])))
+    return dataclasses.make_dataclass(config.__name__, chosen, bases=(config,), frozen=True)
 
 
 def _check_keys(values: Mapping[str, Any], kind: type, prefix: str) -> None:

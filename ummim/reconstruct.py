@@ -9,8 +9,7 @@ from ummim.data import Batch
 from ummim.data.augment import Augment
 from ummim.data.images import decode
 from ummim.data.normalise import denormalise, normalise
-from ummim.errors import DataError
-from ummim.masking import sample_seed
+from ummim.errors import DataError, UserError
 from ummim.methods.api import Method
 from ummim.recipe import Recipe
 from ummim.visualize import predicted_pixels, reconstruction_figure, save_figure
@@ -18,10 +17,13 @@ from ummim.visualize import predicted_pixels, reconstruction_figure, save_figure
 
 @torch.no_grad()
 def draw_reconstruction(method: Method, batch: Batch, path: Path | None, title: str = "") -> None:
-    """Reconstruct ``batch``, which is on the method's device, and write the figure.
+    """Reconstruct ``batch``, which is on the method's device, and write the figure; a method that predicts
+    features instead of pixels draws none.
 
     Under ZeRO-3 every rank must call; those that only compute pass ``path=None``.
     """
+    if not method.predicts_pixels:
+        return
     images, training = normalise(batch.images), method.training
     output = method.eval()(images, batch.plan)
     method.train(training)
@@ -40,7 +42,10 @@ def reconstruct_files(
 
     Raises:
         DataError: a file that cannot be read or decoded.
+        UserError: a method that predicts no pixels.
     """
+    if not method.predicts_pixels:
+        raise UserError(f"{type(method).__name__} predicts features, not pixels: there is nothing to draw")
     augment, sampler, images = Augment(recipe.data), recipe.sampler(), []
     for file in files:
         try:
@@ -48,6 +53,6 @@ def reconstruct_files(
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise DataError(f"{file}: cannot be read as an image: {reason}") from None
-    plan = sampler.stack([sampler(sample_seed(seed, 0, file.name)) for file in files])
+    plan = sampler.stack([sampler(sampler.seed(seed, 0, file.name, 0)) for file in files])
     labels = torch.full((len(images),), -1)
     draw_reconstruction(method, Batch(torch.stack(images), plan, labels, [f.name for f in files]), out, title)

@@ -46,6 +46,42 @@ def test_crops_equal_those_of_the_mae_code() -> None:
         assert torch.equal(augment(picture(seed), seed), reference(picture(seed)))
 
 
+@pytest.mark.parametrize("size", [(50, 31), (31, 50), (24, 24), (24, 200), (9, 11)])
+def test_padded_crops_equal_those_written_out(size: tuple[int, int]) -> None:
+    """MFF: the shorter side becomes the crop's, 4 pixels are reflected at every edge, and the crop lies anywhere."""
+    augment = Augment(DataConfig("", image_size=24, crop="padded", interpolation="bilinear"))
+    image = picture(3, size)
+    width, height = image.size
+    short = min(width, height)
+    resized = image.resize((int(24 * width / short), int(24 * height / short)), Image.Resampling.BILINEAR)
+    padded = np.pad(np.asarray(resized), ((4, 4), (4, 4), (0, 0)), mode="reflect").transpose(2, 0, 1)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (24, 24), axis=(1, 2))  # (3, rows, columns, 24, 24)
+    places = set()
+    for seed in range(40):
+        crop = augment(image, seed).numpy()
+        assert crop.shape == (3, 24, 24)
+        found = [
+            tuple(place)
+            for view in (crop, crop[:, :, ::-1])
+            for place in np.argwhere((windows == view[:, None, None]).all((0, 3, 4))).tolist()
+        ]
+        assert found
+        places.add(found[0])
+    assert len(places) > 20
+
+
+def test_a_padded_crop_is_a_function_of_image_and_seed_alone() -> None:
+    augment = Augment(DataConfig("", image_size=32, crop="padded"))
+    before = torch.get_rng_state()
+    first = augment(picture(), 5)
+    torch.manual_seed(1)
+    assert torch.equal(first, augment(picture(), 5))
+    assert not torch.equal(first, augment(picture(), 6))
+    torch.set_rng_state(before)
+    augment(picture(), 7)
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_flips_come_as_often_as_asked() -> None:
     ramp = Image.fromarray(np.arange(64, dtype=np.uint8)[None, :, None].repeat(64, 0).repeat(3, 2))
     for hflip, low, high in ((0.0, 0, 0), (0.5, 60, 140), (1.0, 200, 200)):

@@ -104,10 +104,11 @@ def test_global_batches_are_the_same_for_any_ranks_and_resume(
         assert {len(batches) for batches in ranks} == {(steps - start) * accumulation}
         for step, i in product(range(start, steps), range(accumulation)):
             micro = [ranks[rank][(step - start) * accumulation + i] for rank in range(world)]
-            flat = [pair for batch in micro for pair in batch]
+            flat = [pick for batch in micro for pick in batch]
             epoch, position = divmod(step, per_epoch)
             begin = position * 24 + i * 24 // accumulation
-            assert flat == [(epoch, row) for row in order[epoch][begin : begin + 24 // accumulation].tolist()]
+            places = range(begin, begin + 24 // accumulation)
+            assert flat == [(epoch, order[epoch][place], place) for place in places]
 
 
 def test_a_resume_at_imagenet_scale_costs_what_a_start_costs() -> None:

@@ -45,7 +45,7 @@ def loss_of(model: nn.Module, family: str, throw: float = 0.0) -> Tensor:
     return model(images, plan).loss
 
 
-@pytest.mark.parametrize("family", KEYS)
+@pytest.mark.parametrize("family", HEADS)
 def test_names_order_and_shapes_are_the_official_ones(family: str) -> None:
     with torch.device("meta"):
         model = mae.MAE(224, mae.Config()) if family == "mae_vit" else um_mae.UMMAE(256, um_mae.Config())
@@ -55,7 +55,7 @@ def test_names_order_and_shapes_are_the_official_ones(family: str) -> None:
 
 
 @pytest.mark.parametrize("throwing", [False, True])
-@pytest.mark.parametrize("family", KEYS)
+@pytest.mark.parametrize("family", HEADS)
 def test_saving_inverts_loading_to_the_byte(family: str, throwing: bool) -> None:
     first = save_official(small(family, throwing), family)
     again = save_official(load_official(family, first, **HEADS[family]), family)
@@ -79,7 +79,7 @@ def test_any_value_in_any_precision_survives(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("throw", [0.0, 0.5])
-@pytest.mark.parametrize("family", KEYS)
+@pytest.mark.parametrize("family", HEADS)
 def test_a_loaded_model_computes_the_same_loss(family: str, throw: float) -> None:
     model = small(family, throw > 0)
     loaded = load_official(family, save_official(model, family), **HEADS[family])
@@ -90,7 +90,7 @@ def test_a_loaded_model_computes_the_same_loss(family: str, throw: float) -> Non
     assert {name for name, parameter in loaded.named_parameters() if parameter.requires_grad} == trained
 
 
-@pytest.mark.parametrize("family", KEYS)
+@pytest.mark.parametrize("family", HEADS)
 def test_float64_on_request(family: str) -> None:
     model = load_official(family, save_official(small(family), family), **HEADS[family]).double()
     assert loss_of(model, family).item() == pytest.approx(loss_of(small(family), family).item(), rel=1e-5)
@@ -257,10 +257,10 @@ def test_an_encoder_only_file_names_the_decoders_keys() -> None:
 
 
 def test_families_that_are_not_there_are_refused() -> None:
-    for family in ("simmim_swin", "mae", ""):
-        with pytest.raises(ValueError, match="supported are: mae_vit, um_mae_swin"):
+    for family in ("simmim", "mae", ""):
+        with pytest.raises(ValueError, match="supported are: mae_vit, "):
             load_official(family, {})
-    with pytest.raises(ValueError, match="um_mae_swin is a UMMAE, not a MAE"):
+    with pytest.raises(ValueError, match="um_mae_swin is another model than this MAE on ViT"):
         save_official(small("mae_vit"), "um_mae_swin")
 
 

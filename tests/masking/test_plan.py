@@ -135,3 +135,14 @@ def test_stacking_and_moving_keep_every_field() -> None:
     meta = plan.to("meta")
     assert all(ids.is_meta for ids in (meta.visible, meta.secondary, meta.kept, meta.thrown))
     assert meta.grid == (2, 2)
+
+
+def test_equal_masks_are_a_shared_plan() -> None:
+    row = torch.tensor([[True, False, True, True]])
+    plan = MaskPlan.from_mask(row.expand(3, -1))
+    assert plan.shared == (1,)
+    assert plan.to("cpu").shared == (1,)
+    other = torch.tensor([[True, True, False, True]])
+    assert MaskPlan.from_mask(torch.cat([row, other])).shared is None
+    thrown = torch.tensor([[True, False, False, False], [False, False, True, False]])
+    assert MaskPlan.from_mask(row.expand(2, -1), thrown=thrown).shared == (1,)  # thrown tokens may differ

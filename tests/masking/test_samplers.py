@@ -189,3 +189,47 @@ def test_plans_stay_the_same_from_version_to_version() -> None:
 def test_impossible_masks_are_refused(grid: tuple[int, int], config: MaskConfig, throw: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PlanSampler(grid, config, throw)
+
+
+@pytest.mark.parametrize(
+    ("grid", "unit", "masked"), [((14, 14), 2, 120), ((6, 6), 1, 22), ((7, 7), 1, 30), ((8, 12), 4, 64)]
+)
+def test_a_mask_in_units_hides_whole_squares(grid: tuple[int, int], unit: int, masked: int) -> None:
+    """SimMIM: ceil(0.6 of the 32-pixel squares), 30 of 49 on ViT-B/16's grid and 22 of 36 at 192 pixels."""
+    h, w = grid
+    sampler = PlanSampler(grid, MaskConfig("random", 0.6, unit=unit), 0.25)
+    plans = [sampler(sample_seed(7, 0, str(i))) for i in range(400)]
+    frequency = np.zeros(h * w)
+    for plan in plans:
+        hidden = np.ones(h * w)
+        hidden[plan.visible] = 0
+        squares = hidden.reshape(h // unit, unit, w // unit, unit).mean((1, 3))
+        assert set(squares.ravel()) <= {0.0, 1.0}
+        assert hidden.sum() == masked
+        assert sorted([*plan.visible, *plan.kept, *plan.thrown]) == list(range(h * w))
+        frequency += hidden
+    share = masked / (h * w)
+    assert np.abs(frequency / 400 - share).max() < 5 * (share * (1 - share) / 400) ** 0.5
+
+
+def test_units_that_do_not_tile_the_grid_are_refused() -> None:
+    for grid, config in (
+        ((7, 7), MaskConfig(unit=2)),
+        ((8, 8), MaskConfig("uniform", unit=2)),
+        ((8, 8), MaskConfig(unit=0)),
+    ):
+        with pytest.raises(ValueError, match="do not tile"):
+            PlanSampler(grid, config)
+
+
+def test_neighbours_of_a_group_share_their_mask_and_others_do_not() -> None:
+    sampler = PlanSampler((7, 7), MaskConfig(shared_by=4))
+    seeds = [sampler.seed(0, 2, f"key {position}", position) for position in range(12)]
+    assert [len(set(seeds[i : i + 4])) for i in (0, 4, 8)] == [1, 1, 1]
+    assert len(set(seeds)) == 3
+    assert sampler.seed(0, 3, "key 0", 0) != seeds[0]
+    plan = sampler.stack([sampler(seed) for seed in seeds[:4]])
+    assert plan.shared == tuple(plan.visible[3].tolist())
+    own = PlanSampler((7, 7), MaskConfig())
+    assert own.seed(0, 2, "key 0", 5) == sample_seed(0, 2, "key 0")
+    assert own.stack([own(1), own(2)]).shared is None

@@ -67,10 +67,10 @@ def test_at_half_every_masked_token_gets_gradient(name: str, throwing: str) -> N
     plan = plan_for(name, 0.5, throwing)
     assert plan.thrown.shape[1] == int(0.5 * plan.mask().shape[1])
     output = model(images, plan)
-    output.pixels.retain_grad()
+    output.predicted.retain_grad()
     output.loss.backward()
     assert output.ids.sort(1).values.equal(plan.masked.sort(1).values)
-    assert output.pixels.grad.abs().amax(2).gt(0).all()
+    assert output.predicted.grad.abs().amax(2).gt(0).all()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
         if not key.endswith("posmlp.2.bias"):  # shifts all logits alike, so softmax hides it
@@ -86,7 +86,7 @@ def test_thrown_tokens_teach_the_decoder_through_the_aggregation(name: str) -> N
     model.decoder.register_forward_hook(lambda _module, _inputs, output: decoded.extend(output))
     output = model(images, plan)
     visible, kept = decoded
-    thrown_only = output.pixels[:, plan.kept.shape[1] :].square().sum()
+    thrown_only = output.predicted[:, plan.kept.shape[1] :].square().sum()
     for grad in torch.autograd.grad(thrown_only, [visible, kept]):
         assert grad.abs().amax(2).gt(0).all()
 
@@ -101,7 +101,7 @@ def test_the_loss_is_the_mean_over_all_masked_tokens(name: str) -> None:
     part = kept_only(images, plan)
     assert part.ids.equal(plan.kept)
     whole = model(images, plan)
-    assert whole.pixels[:, :kept].equal(part.pixels)  # kept tokens do not feel the aggregation
+    assert whole.predicted[:, :kept].equal(part.predicted)  # kept tokens do not feel the aggregation
     errors = whole.loss * (kept + thrown) - part.loss * kept  # what is left belongs to the thrown ones
     swapped = MaskPlan(plan.grid, plan.visible, plan.secondary, plan.kept, plan.thrown.flip(1), plan.compact)
     torch.testing.assert_close(model(images, swapped).loss * (kept + thrown) - part.loss * kept, errors)
@@ -116,5 +116,5 @@ def test_predictions_lie_at_the_masked_tokens_in_raster_order(name: str) -> None
     h, w = plan.grid
     assert output.prediction.shape == (2, h * w, model.patch_size**2 * 3)
     for b in range(2):
-        assert output.prediction[b, output.ids[b]].equal(output.pixels[b])
+        assert output.prediction[b, output.ids[b]].equal(output.predicted[b])
     assert output.prediction[~plan.mask()].eq(0).all()

@@ -7,6 +7,7 @@ of the last, incomplete global batch, which is dropped (others in each epoch).
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,8 +44,16 @@ def _hash(seed: int, values: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
+class Pick(NamedTuple):
+    """A sample to read."""
+
+    epoch: int
+    row: int  # of the index's table
+    position: int  # in the epoch's order
+
+
 class MicroBatches:
-    """Which samples a rank reads, micro-batch by micro-batch: a batch sampler of (epoch, row) pairs.
+    """Which samples a rank reads, micro-batch by micro-batch: a batch sampler of (epoch, row, position) picks.
 
     A global batch is a stretch of the epoch's order, laid out as (accumulation, world_size, micro_batch):
     rank r takes ``[i, r]`` as its i-th micro-batch of the step. Starting at a step costs no replay.
@@ -76,7 +85,7 @@ class MicroBatches:
     def __len__(self) -> int:
         return max(self.stop_step - self.start_step, 0) * self.layout[0]
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Pick]]:
         global_batch = int(np.prod(self.layout))
         epoch, order = -1, np.empty(0, np.int64)
         for step in range(self.start_step, self.stop_step):
@@ -84,6 +93,6 @@ class MicroBatches:
                 epoch = step // self.steps_per_epoch
                 order = epoch_order(self.index, self.seed, epoch, self.streams, self.window)
             start = step % self.steps_per_epoch * global_batch
-            batch = order[start : start + global_batch].reshape(self.layout)  # (accumulation, world, micro)
-            for rows in batch[:, self.rank]:
-                yield [(epoch, row) for row in rows.tolist()]
+            places = np.arange(start, start + global_batch).reshape(self.layout)  # (accumulation, world, micro)
+            for mine in places[:, self.rank]:
+                yield [Pick(epoch, int(order[place]), int(place)) for place in mine]

@@ -3,21 +3,23 @@
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ummim.data.attention import AttentionMaps
 from ummim.data.augment import Augment
 from ummim.data.config import DataConfig
 from ummim.data.images import decode
-from ummim.data.order import MicroBatches
+from ummim.data.order import MicroBatches, Pick
 from ummim.data.shards import ShardIndex, ShardReader
 from ummim.data.workers import start_worker, supervised
 from ummim.errors import DataError
-from ummim.masking import MaskPlan, PlanSampler, sample_seed
+from ummim.masking import MaskPlan, PlanSampler, SamplePlan, sample_seed
 
 
 @dataclass
@@ -68,50 +70,84 @@ class BatchPlan(Protocol):
     def stop_step(self) -> int: ...
 
 
-class Samples(Dataset):
-    """Training samples by (epoch, row of the table); crop, flip and mask follow from (seed, epoch, key)."""
+class PickBatches(Protocol):
+    """What to read, batch by batch; ``MicroBatches`` in training."""
 
-    def __init__(self, index: ShardIndex, data: DataConfig, sampler: PlanSampler, seed: int) -> None:
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[list[Pick]]: ...
+
+
+class Samples(Dataset):
+    """Samples by pick; crop, flip and mask follow from (seed, epoch, key), a shared mask from the position.
+
+    ``view``: a random crop, the centre (the whole short side), or the whole image squashed to a square. With
+    ``attention``, the masks of random crops are drawn from the images' attention maps instead of by ``sampler``.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        data: DataConfig,
+        sampler: PlanSampler,
+        seed: int,
+        view: Literal["random", "centre", "whole"] = "random",
+        attention: AttentionMaps | None = None,
+    ) -> None:
         self.index, self.size, self.sampler, self.seed = index, data.image_size, sampler, seed
+        self.view, self.attention = view, attention
         self.augment = Augment(data)
         self.reader = ShardReader(index)
 
-    def __getitems__(self, pairs: list[tuple[int, int]]) -> Batch | DataError:
+    def __getitems__(self, picks: list[Pick]) -> Batch | DataError:
         """A batch, or the error that kept it from being read: an exception raised in a worker process would
         reach the user wrapped in that process's traceback."""
         try:
-            return self.batch(pairs)
+            return self.batch(picks)
         except DataError as error:
             return error
 
-    def batch(self, pairs: list[tuple[int, int]], centre: bool = False) -> Batch:
-        """Read, decode, crop and mask; ``centre`` takes the whole short side instead of a random crop."""
-        images = torch.empty(len(pairs), 3, self.size, self.size, dtype=torch.uint8)
+    def batch(self, picks: list[Pick]) -> Batch:
+        """Read, decode, crop and mask."""
+        images = torch.empty(len(picks), 3, self.size, self.size, dtype=torch.uint8)
         pixels = images.numpy()  # transposing in numpy is faster: torch starts threads for it
         keys, plans = [], []
-        for i, (epoch, row) in enumerate(pairs):
-            data = self.reader.read(row)
-            key = self.index.key(row)
-            seed = sample_seed(self.seed, epoch, key)
-            try:
-                image = decode(data)
-            except ValueError as error:
-                raise DataError(
-                    f"{self.reader.where(row)}: the image cannot be decoded: {error}; "
-                    f"find every fault with: python -m data_prep verify {self.index.folder}"
-                ) from None
-            view = self.augment.centre(image) if centre else self.augment(image, seed)
+        for i, pick in enumerate(picks):
+            key = self.index.key(pick.row)
+            view, plan = self.masked_view(self.image(pick.row), pick, key)
             pixels[i] = view.numpy()
             keys.append(key)
-            plans.append(self.sampler(seed))
-        labels = torch.tensor([int(self.index.table["label"][row]) for _, row in pairs])  # (B,)
-        return Batch(images, self.sampler.stack(plans), labels, keys)
+            plans.append(plan)
+        labels = torch.tensor([int(self.index.table["label"][pick.row]) for pick in picks])  # (B,)
+        stack = self.sampler.stack if self.attention is None else self.attention.sampler.stack
+        return Batch(images, stack(plans), labels, keys)
+
+    def image(self, row: int) -> Image.Image:
+        """Read and decode."""
+        data = self.reader.read(row)
+        try:
+            return decode(data)
+        except ValueError as error:
+            raise DataError(
+                f"{self.reader.where(row)}: the image cannot be decoded: {error}; "
+                f"find every fault with: python -m data_prep verify {self.index.folder}"
+            ) from None
+
+    def masked_view(self, image: Image.Image, pick: Pick, key: str) -> tuple[Tensor, SamplePlan]:
+        """Crop and mask: (3, S, S) uint8, and the plan."""
+        seed = sample_seed(self.seed, pick.epoch, key)
+        if self.attention is not None:
+            view, box = self.augment.located(image, seed)
+            return view, self.attention.plan(pick.row, box, seed)
+        plan = self.sampler(self.sampler.seed(self.seed, pick.epoch, key, pick.position))
+        if self.view == "random":
+            return self.augment(image, seed), plan
+        return (self.augment.centre if self.view == "centre" else self.augment.whole)(image), plan
 
 
 class Loader:
-    """This rank's micro-batches from ``start_step`` to ``stop_step``, ``accumulation`` for each step."""
+    """This rank's micro-batches: for training ``accumulation`` of them for each optimizer step."""
 
-    def __init__(self, samples: Samples, micro_batches: MicroBatches, workers: int) -> None:
+    def __init__(self, samples: Samples, micro_batches: PickBatches, workers: int) -> None:
         self.samples, self.micro_batches, self.workers = samples, micro_batches, workers
         self.pin_memory = False  # set it for a CUDA device: batches come in page-locked memory
 
@@ -152,6 +188,7 @@ def build_loader(
     rank: int,
     world_size: int,
     start_step: int = 0,
+    attention: AttentionMaps | None = None,
 ) -> Loader:
     """The training loader of one rank.
 
@@ -163,6 +200,7 @@ def build_loader(
         plan: batch arithmetic (``ummim.run_plan.RunPlan``).
         rank, world_size: this process among all.
         start_step: optimizer steps already done; the next one's samples come first, nothing is replayed.
+        attention: draws the mask plans from attention maps instead.
 
     Returns:
         An iterable of ``Batch``, ``accumulation`` of them for each optimizer step.
@@ -184,7 +222,7 @@ def build_loader(
     if micro_batches.steps_per_epoch != plan.steps_per_epoch:
         raise ValueError(f"{plan.steps_per_epoch} steps an epoch do not fit {len(index)} samples")
     sampler.warm_up()
-    return Loader(Samples(index, data, sampler, seed), micro_batches, data.workers)
+    return Loader(Samples(index, data, sampler, seed, attention=attention), micro_batches, data.workers)
 
 
 def fixed_batch(index: ShardIndex, data: DataConfig, sampler: PlanSampler, seed: int, count: int) -> Batch:
@@ -192,12 +230,12 @@ def fixed_batch(index: ShardIndex, data: DataConfig, sampler: PlanSampler, seed:
 
     ``count`` images, or all of them if there are fewer. Raises ``DataError`` like the loader.
     """
-    samples = Samples(index, data, sampler, seed)
+    samples = Samples(index, data, sampler, seed, view="centre")
     count = min(count, len(index))
     by_label = np.argsort(index.table["label"], kind="stable")  # unlabelled: the order of the table
     rows = by_label[np.arange(count) * len(index) // count]
     with closing(samples.reader):
-        return samples.batch([(0, row) for row in rows.tolist()], centre=True)
+        return samples.batch([Pick(0, row, 0) for row in rows.tolist()])
 
 
 def _as_is(batch: Any) -> Any:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from ummim.errors import UserError
-from ummim.interop.official import FAMILIES, save_official
+from ummim.interop.official import family_of, save_official
 from ummim.interop.timm import write_timm
 from ummim.methods.api import Method
 from ummim.recipe import Recipe
@@ -26,11 +26,11 @@ def export(recipe: Recipe, method: Method, out: Path, form: str) -> Path:
     partial = out.with_name(f".{out.name}.partial")
     try:
         if form == "timm":
-            write_timm(method.encoder, partial)
+            write_timm(method.backbone(), partial)
         elif form == "official":
             torch.save({"model": save_official(method, _family(method))}, partial)
         else:
-            tensors = {key: tensor.contiguous() for key, tensor in method.encoder.state_dict().items()}
+            tensors = {key: tensor.contiguous() for key, tensor in method.backbone().state_dict().items()}
             save_file(tensors, partial, {"format": "pt", "ummim_recipe": json.dumps(to_dict(recipe))})
         partial.replace(out)
     finally:
@@ -39,7 +39,7 @@ def export(recipe: Recipe, method: Method, out: Path, form: str) -> Path:
 
 
 def _family(method: Method) -> str:
-    for name, family in FAMILIES.items():
-        if isinstance(method, family.method):
-            return name
-    raise UserError(f"{type(method).__name__} has no official format; use --format safetensors")
+    family = family_of(method)
+    if family is None:
+        raise UserError(f"{type(method).__name__} has no official format; use --format safetensors")
+    return family

@@ -1,71 +1,46 @@
 """Official checkpoints of the papers' code, in and out: an exact renaming (and reshaping) of tensors.
 
-Families: ``mae_vit`` (facebookresearch/mae) and ``um_mae_swin`` (implus/UM-MAE). The official behaviour is
-kept, quirks included: see ``legacy_decoder_order`` of UM-MAE.
+The official behaviour is kept, quirks included: importing sets a method's ``legacy_*`` options.
 """
 
 import argparse
 import os
 import pickle
-import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ummim.interop.sizes import MAE_SIZES, SWIN_SIZES, build_mae, build_um_mae_swin, collect_sizes
-from ummim.methods.mae import MAE
-from ummim.methods.um_mae import UMMAE
+from ummim.interop.families import green_mim, local_mim, mae, mff, simmim, um_mae
+from ummim.interop.family import Family
+from ummim.interop.sizes import collect_sizes
+from ummim.methods.api import Method
 
-
-class Family(NamedTuple):
-    """One kind of official model."""
-
-    method: type[nn.Module]
-    build: Callable[[Mapping[str, Tensor], Mapping[str, Any]], nn.Module]  # from tensors and sizes
-    sizes: tuple[str, ...]  # keywords of load_official
-
-
-FAMILIES = {
-    "mae_vit": Family(MAE, build_mae, MAE_SIZES),
-    "um_mae_swin": Family(UMMAE, build_um_mae_swin, SWIN_SIZES),
+FAMILIES: dict[str, Family] = {
+    **mae.FAMILIES,
+    **um_mae.FAMILIES,
+    **simmim.FAMILIES,
+    **green_mim.FAMILIES,
+    **local_mim.FAMILIES,
+    **mff.FAMILIES,
 }
 
-# Prefixes of our names and of the official ones. The order of the rows is the official order of keys.
-PREFIXES = (
-    ("encoder.cls_token", "cls_token"),
-    ("encoder.pos_embed", "pos_embed"),
-    ("encoder.vis_mask_token", "vis_mask_token"),
-    ("decoder.mask_token", "mask_token"),
-    ("decoder.pos_embed", "decoder_pos_embed"),
-    ("encoder.patch_embed.", "patch_embed."),
-    ("encoder.blocks.", "blocks."),
-    ("encoder.stages.", "blocks."),
-    ("encoder.norm.", "norm."),
-    ("embed.", "decoder_embed."),
-    ("decoder.blocks.", "decoder_blocks."),
-    ("head.norm.", "decoder_norm."),
-    ("head.pred.", "decoder_pred."),
-    ("aggregation.dwconv.", "pr_dwconv."),  # PR-MIM has no official code, so these names are our own
-)
 
-
-def load_official(family: str, checkpoint: str | os.PathLike[str] | Mapping[str, Any], **sizes: Any) -> nn.Module:
+def load_official(family: str, checkpoint: str | os.PathLike[str] | Mapping[str, Any], **sizes: Any) -> Method:
     """The method of an official checkpoint, with its weights, in the checkpoint's own dtype, on the CPU.
 
     Args:
-        family: ``mae_vit`` or ``um_mae_swin``.
+        family: a key of ``FAMILIES``.
         checkpoint: a file (``torch.save``, read with ``weights_only``, or safetensors) or a dict of tensors
             under the official names, bare or under ``model`` or ``state_dict``. With ``pr_dwconv.*`` keys the
             method gets PR-MIM's spatial aggregation; without ``vis_mask_token`` it has no secondary masking.
-        **sizes: img_size, patch_size, embed_dim(s), depth(s), num_heads, mlp_ratio(s), decoder_embed_dim,
-            decoder_depth, decoder_num_heads, norm_pix_loss; for um_mae_swin also window_size, posmlp_dim and
-            vis_mask_ratio (above 0: there is a vis_mask_token). What is not given is read off the tensors.
-            Where they do not tell: ViT heads 64 wide (80 in ViT-H), 16 decoder heads, window 8, and
-            norm_pix_loss as in the checkpoint's ``args``, else True as in the papers' reported models.
+        **sizes: ``FAMILIES[family].sizes``, such as img_size, embed_dim(s), depth(s), num_heads, window_size,
+            decoder_depth, norm_pix_loss, vis_mask_ratio (above 0: there is a vis_mask_token). What is not given is
+            read off the tensors. Where they do not tell: ViT heads 64 wide (80 in ViT-H), 16 decoder heads, the
+            official window, and norm_pix_loss as in the checkpoint's ``args``, else as in the reported models.
 
     Returns:
         A module: ``model(images, plan)`` gives ``.loss`` and ``.prediction``.
@@ -76,30 +51,35 @@ def load_official(family: str, checkpoint: str | os.PathLike[str] | Mapping[str,
         OSError: a file that cannot be opened.
     """
     kind = _lookup(family)
-    tensors, args = _read(checkpoint)
+    tensors, args = read_checkpoint(checkpoint)
     with torch.device("meta"):  # shapes only: every tensor comes from the checkpoint
-        model = kind.build(tensors, collect_sizes(family, kind.sizes, sizes, args))
+        model = kind.build(tensors, collect_sizes(family, kind.sizes, sizes, args, kind.norm_pix))
     own = model.state_dict()
-    names = official_names(model, family)
-    shapes = {official: official_shape(official, own[ours].shape) for official, ours in names.items()}
-    _check_keys(family, tensors, shapes)
+    names = kind.names(model)
+    constants = kind.constants(model)
+    shapes = {official: kind.shape(official, own[ours].shape) for official, ours in names.items()}
+    check_keys(family, tensors, {**shapes, **{key: tuple(value.shape) for key, value in constants.items()}})
+    if changed := [key for key, value in constants.items() if not torch.equal(tensors[key].to(value.dtype), value)]:
+        raise ValueError(f"the checkpoint is no {family} of these sizes: fixed tensors differ: {listed(changed)}")
     loaded = {ours: tensors[key].detach().clone().reshape(own[ours].shape) for key, ours in names.items()}
     model.load_state_dict(loaded, assign=True)
     return model
 
 
 def save_official(model: nn.Module, family: str) -> dict[str, Tensor]:
-    """The model's tensors under the official names, in the official order and shapes; like
-    ``state_dict``, it shares memory with the model.
+    """The model's tensors under the official names and shapes; like ``state_dict``, it shares memory with the model.
+
+    The order is the official one, but for the fixed tensors that we do not store, which come last.
 
     Raises:
         ValueError: an unknown family, or a model of another one.
     """
-    own = model.state_dict()
-    return {
-        official: own[ours].reshape(official_shape(official, own[ours].shape)).contiguous()
+    kind, own = _lookup(family), model.state_dict()
+    saved = {
+        official: own[ours].reshape(kind.shape(official, own[ours].shape)).contiguous()
         for official, ours in official_names(model, family).items()
     }
+    return {**saved, **kind.constants(model)}
 
 
 def official_names(model: nn.Module, family: str) -> dict[str, str]:
@@ -108,35 +88,17 @@ def official_names(model: nn.Module, family: str) -> dict[str, str]:
     Raises:
         ValueError: an unknown family, or a model of another one.
     """
-    method = _lookup(family).method
-    if not isinstance(model, method):
-        raise ValueError(f"{family} is a {method.__name__}, not a {type(model).__name__}")
-    ranked = []
-    for ours in model.state_dict():
-        place = next(i for i, (prefix, _) in enumerate(PREFIXES) if ours.startswith(prefix))
-        official, block = _flat_block(ours.replace(*PREFIXES[place], 1), model)
-        ranked.append(((place, block, ".downsample." in official), official, ours))
-    ranked.sort(key=lambda entry: entry[0])  # stable: within a block our order is the official one
-    return {official: ours for _, official, ours in ranked}
+    kind = _lookup(family)
+    if not isinstance(model, kind.method) or not kind.accepts(model):
+        encoder = type(getattr(model, "encoder", model)).__name__
+        raise ValueError(f"{family} is another model than this {type(model).__name__} on {encoder}")
+    return kind.names(model)
 
 
-def official_shape(official: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """The official shape of our tensor: position MLPs are 1x1 convolutions there, linear layers here."""
-    linear = ".attn.posmlp." in official and len(shape) == 2
-    return (*shape, 1, 1) if linear else tuple(shape)
-
-
-def _flat_block(name: str, model: nn.Module) -> tuple[str, int]:
-    """Official blocks are one list through all stages, the merge before a stage belonging to its first block.
-
-    Returns the name and, for blocks in stages, the block's index.
-    """
-    match = re.match(r"blocks\.(\d+)\.(?:blocks\.(\d+)\.|merge\.)", name)
-    if match is None:
-        return name, 0
-    encoder: Any = model.encoder
-    flat = sum(len(stage.blocks) for stage in encoder.stages[: int(match[1])]) + int(match[2] or 0)
-    return f"blocks.{flat}.{'' if match[2] else 'downsample.'}{name[match.end() :]}", flat
+def family_of(model: nn.Module) -> str | None:
+    """The family whose official format holds this model, if there is one."""
+    fits = (name for name, kind in FAMILIES.items() if isinstance(model, kind.method) and kind.accepts(model))
+    return next(fits, None)
 
 
 def _lookup(family: str) -> Family:
@@ -145,7 +107,7 @@ def _lookup(family: str) -> Family:
     return FAMILIES[family]
 
 
-def _read(
+def read_checkpoint(
     source: str | os.PathLike[str] | Mapping[str, Any],
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
     """The tensors, and the run's arguments if the container holds them."""
@@ -156,7 +118,7 @@ def _read(
     if not tensors:
         raise ValueError(f"{where} holds an empty state dict")
     if strangers := [str(key) for key, value in tensors.items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"{where} holds no state dict, bare or under model or state_dict: {_listed(strangers)}")
+        raise ValueError(f"{where} holds no state dict, bare or under model or state_dict: {listed(strangers)}")
     args = None if inner is None else held.get("args")
     return tensors, vars(args) if isinstance(args, argparse.Namespace) else {}
 
@@ -175,19 +137,20 @@ def _read_file(path: str) -> Mapping[str, Any]:
     return held
 
 
-def _check_keys(family: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_keys(family: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError, naming them, for keys that are missing, left over or of another shape."""
     problems = []
     if missing := [key for key in shapes if key not in tensors]:
-        problems.append(f"missing keys: {_listed(missing)}")
+        problems.append(f"missing keys: {listed(missing)}")
     if left_over := [key for key in tensors if key not in shapes]:
-        problems.append(f"left-over keys: {_listed(left_over)}")
+        problems.append(f"left-over keys: {listed(left_over)}")
     if misfits := [key for key in shapes if key in tensors and tensors[key].shape != shapes[key]]:
         each = [f"{key} {tuple(tensors[key].shape)} instead of {shapes[key]}" for key in misfits]
-        problems.append(f"mis-shaped keys: {_listed(each)}")
+        problems.append(f"mis-shaped keys: {listed(each)}")
     if problems:
         raise ValueError(f"the checkpoint is no {family} of these sizes: {'; '.join(problems)}")
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     shown = ", ".join(names[:20])
     return shown if len(names) <= 20 else f"{shown} and {len(names) - 20} more"

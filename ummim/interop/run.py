@@ -29,7 +29,7 @@ def load_run(path: str | Path) -> tuple[Recipe, Method, Path]:
     if not recipe_file.is_file():
         raise CheckpointError(f"{checkpoint}: has no recipe.yaml; give a folder that train.py wrote")
     recipe = load_recipe(str(recipe_file))
-    method = recipe.method.build(recipe.data.image_size, recipe.partial, recipe.throw_ratio > 0)
+    method = recipe.method.for_inference().build(recipe.data.image_size, recipe.partial, recipe.throw_ratio > 0)
     try:
         tensors = load_file(checkpoint / WEIGHTS)
     except (OSError, SafetensorError) as error:

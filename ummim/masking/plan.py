@@ -35,6 +35,8 @@ class MaskPlan:
         thrown: (B, T) int64, masked tokens that only the spatial aggregation reconstructs (PR-MIM).
         compact: True if ``visible[b, j]`` lies in the j-th 2x2 block of the grid (block raster order), as in
             every uniform plan; encoders that compact the grid need it.
+        shared: the visible ids, on the host, if they are the same in all samples, else None; encoders that group
+            tokens once for a whole batch need it (GreenMIM).
     """
 
     grid: tuple[int, int]
@@ -43,6 +45,7 @@ class MaskPlan:
     kept: Tensor
     thrown: Tensor
     compact: bool = False
+    shared: tuple[int, ...] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -75,10 +78,13 @@ class MaskPlan:
         )
 
     @staticmethod
-    def stack(samples: Sequence[SamplePlan], grid: tuple[int, int], compact: bool = False) -> "MaskPlan":
-        """Collate the plans of a batch, all with the same counts."""
+    def stack(
+        samples: Sequence[SamplePlan], grid: tuple[int, int], compact: bool = False, shared: bool = False
+    ) -> "MaskPlan":
+        """Collate the plans of a batch, all with the same counts; ``shared`` says that they are one and the same."""
         visible, secondary, kept, thrown = (torch.from_numpy(np.stack(ids)) for ids in zip(*samples, strict=True))
-        return MaskPlan(grid, visible, secondary, kept, thrown, compact)
+        host = tuple(visible[0].tolist()) if shared else None
+        return MaskPlan(grid, visible, secondary, kept, thrown, compact, host)
 
     @staticmethod
     def from_mask(
@@ -90,7 +96,7 @@ class MaskPlan:
 
         ``masked`` is True at masked tokens, ``secondary`` marks visible ones, ``thrown`` marks masked ones. Ids
         come out ascending, except that a uniform mask (one visible token in each 2x2 block) lists its visible
-        tokens in block raster order, with ``compact`` set.
+        tokens in block raster order, with ``compact`` set. Where all samples have the same mask, ``shared`` is set.
 
         Raises:
             ValueError: shapes that do not fit, counts that differ between samples, a secondary token that is
@@ -115,6 +121,7 @@ class MaskPlan:
             order = block.argsort(dim=1, stable=True)
             compact = bool((block.gather(1, order) == torch.arange(h * w // 4, device=block.device)).all())
             visible = visible.gather(1, order) if compact else visible
+        same = mask.shape[0] > 0 and bool((hidden == hidden[:1]).all())
         return MaskPlan(
             grid,
             visible,
@@ -122,6 +129,7 @@ class MaskPlan:
             _ids("masked without thrown", hidden & ~throw),
             _ids("thrown", throw),
             compact,
+            tuple(visible[0].tolist()) if same else None,
         )
 
 

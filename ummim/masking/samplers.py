@@ -27,12 +27,16 @@ class MaskConfig:
         secondary_ratio: share of the visible tokens replaced by a shared mask token (UM-MAE).
         throwing: how thrown tokens are chosen when the throwing ratio is above 0: ``furthest`` keeps evenly
             spread tokens (PR-MIM), ``random`` is its baseline.
+        unit: side, in tokens, of the squares that a random mask is drawn in (SimMIM: 32 pixels, 2 tokens of a ViT).
+        shared_by: consecutive samples of a global batch that have one mask in common (GreenMIM); 1: each its own.
     """
 
     kind: Literal["random", "uniform"] = "random"
     ratio: float = 0.75
     secondary_ratio: float = 0.0
     throwing: Literal["furthest", "random"] = "furthest"
+    unit: int = 1
+    shared_by: int = 1
 
 
 def sample_seed(seed: int, epoch: int, key: str) -> int:
@@ -62,7 +66,7 @@ def _shuffle(values: np.ndarray, count: int, seed: np.uint64, counter: int) -> i
 
 @compiled
 def _draw(
-    seed: np.uint64, height: int, width: int, uniform: bool, visible_count: int, hidden_count: int,
+    seed: np.uint64, height: int, width: int, uniform: bool, unit: int, visible_count: int, hidden_count: int,
     thrown_count: int, by_distance: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     tokens = height * width
@@ -78,11 +82,16 @@ def _draw(
         for j in range(visible_count):
             row = 2 * (j // (width // 2)) + pool[j] // 2
             visible[j] = row * width + 2 * (j % (width // 2)) + pool[j] % 2
+        is_visible[visible] = True
     else:
-        order = np.arange(tokens)
-        counter = _shuffle(order, visible_count, seed, counter)
-        visible = np.sort(order[:visible_count])
-    is_visible[visible] = True
+        across = width // unit
+        order = np.arange(tokens // unit**2)
+        counter = _shuffle(order, visible_count // unit**2, seed, counter)
+        for square in order[: visible_count // unit**2]:
+            corner = square // across * unit * width + square % across * unit
+            for row in range(unit):
+                is_visible[corner + row * width : corner + row * width + unit] = True
+        visible = np.flatnonzero(is_visible)
 
     secondary = np.zeros(visible_count, np.bool_)
     if hidden_count:
@@ -115,17 +124,21 @@ class PlanSampler:
 
     Raises:
         ValueError: a mask that leaves no visible or no masked token, an odd grid under ``uniform``, or a
-            throwing ratio that leaves no kept token.
+            throwing ratio that leaves no kept token, or units that do not tile the grid.
     """
 
     def __init__(self, grid: tuple[int, int], config: MaskConfig, throw_ratio: float = 0.0) -> None:
         h, w = grid
         tokens = h * w
         self.grid, self.config = grid, config
-        self.compact = config.kind == "uniform"
+        self.compact, self.shared = config.kind == "uniform", config.shared_by > 1
         if self.compact and (h % 2 or w % 2 or config.ratio != 0.75):
             raise ValueError(f"a uniform mask needs an even grid and ratio 0.75, not {h}x{w} and {config.ratio}")
-        self.visible_count = int(tokens * (1 - config.ratio))  # MAE's truncation (SPEC: 196 tokens -> 49)
+        area = config.unit**2  # tokens
+        if config.unit < 1 or h % config.unit or w % config.unit or (self.compact and config.unit > 1):
+            raise ValueError(f"units of {config.unit} tokens do not tile a {config.kind} mask on the grid {h}x{w}")
+        # MAE's truncation of a float product: 49 visible of 196. In units, SimMIM's: 30 masked of 49.
+        self.visible_count = int(tokens // area * (1 - config.ratio)) * area
         self.thrown_count = int(throw_ratio * tokens)
         self.kept_count = tokens - self.visible_count - self.thrown_count
         self.secondary_count = self.visible_count - int(self.visible_count * (1 - config.secondary_ratio))
@@ -140,14 +153,22 @@ class PlanSampler:
         h, w = self.grid
         return SamplePlan(
             *_draw(
-                np.uint64(seed), h, w, self.compact, self.visible_count, self.secondary_count,
+                np.uint64(seed), h, w, self.compact, self.config.unit, self.visible_count, self.secondary_count,
                 self.thrown_count, self.config.throwing == "furthest",
             )
         )  # fmt: skip
 
+    def seed(self, seed: int, epoch: int, key: str, position: int) -> int:
+        """64-bit seed of a sample's mask: a hash of its key or, where masks are shared, of its group's number.
+
+        ``position`` is the sample's place in the epoch's order; groups of ``shared_by`` neighbours share.
+        """
+        group = position // self.config.shared_by
+        return sample_seed(seed, epoch, f"mask of group {group}" if self.shared else key)
+
     def stack(self, samples: Sequence[SamplePlan]) -> MaskPlan:
         """Collate the plans of a batch."""
-        return MaskPlan.stack(samples, self.grid, self.compact)
+        return MaskPlan.stack(samples, self.grid, self.compact, self.shared)
 
     def warm_up(self) -> None:
         """Compile now, in the parent, so that forked workers start warm."""

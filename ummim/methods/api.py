@@ -6,12 +6,12 @@ a head and a loss, and maps (images, plan) to :class:`MIMOutput`.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from ummim.errors import RecipeError
-from ummim.masking import MaskConfig, MaskPlan
+from ummim.masking import AttentionMaskConfig, MaskConfig, MaskPlan
 from ummim.nn.aggregation import PartialConfig
 
 
@@ -19,16 +19,16 @@ class MIMOutput(NamedTuple):
     """A method's output on a batch."""
 
     loss: Tensor  # scalar, float32 or better
-    pixels: Tensor  # (B, n, p * p * 3): predictions at ``ids``
+    predicted: Tensor  # (B, n, P): predictions at ``ids``; P = p * p * 3 channel-last pixels, or features
     ids: Tensor  # (B, n) int64
     tokens: int  # h * w
 
     @property
     def prediction(self) -> Tensor:
-        """(B, h * w, p * p * 3): row-major tokens, channel-last pixels; zero where nothing was predicted."""
-        b, _, size = self.pixels.shape
-        grid = self.pixels.new_zeros(b, self.tokens, size)
-        return grid.scatter(1, self.ids[:, :, None].expand(-1, -1, size), self.pixels)
+        """(B, h * w, P): row-major tokens; zero where nothing was predicted."""
+        b, _, size = self.predicted.shape
+        grid = self.predicted.new_zeros(b, self.tokens, size)
+        return grid.scatter(1, self.ids[:, :, None].expand(-1, -1, size), self.predicted)
 
 
 class Method(nn.Module):
@@ -39,12 +39,18 @@ class Method(nn.Module):
         grid: (h, w) of the mask grid.
         patch_size: side of a mask patch, in pixels.
         norm_pix_loss: predictions are in units of each patch's deviation.
+        predicts_pixels: predictions are pixels of the mask grid's patches, so that a figure can be drawn.
     """
 
     encoder: nn.Module
     grid: tuple[int, int]
     patch_size: int
     norm_pix_loss: bool
+    predicts_pixels: bool = True
+
+    def backbone(self) -> nn.Module:
+        """What is exported and fine-tuned: the encoder, as a plain model of its kind."""
+        return self.encoder
 
     def blocks(self) -> list[nn.Module]:
         """The Transformer blocks, the units of activation checkpointing."""
@@ -64,13 +70,43 @@ class Method(nn.Module):
 class MethodConfig:
     """Base of every method's config, the recipe's ``method`` section."""
 
-    mask_kinds: ClassVar[tuple[str, ...]] = ("random", "uniform")  # masks the method can train under
-    secondary_masking: ClassVar[bool] = False  # has a token for secondary-masked visible patches
-    partial_reconstruction: ClassVar[bool] = True  # PR-MIM applies
+    @property
+    def mask_kinds(self) -> tuple[str, ...]:
+        """Masks that the method can train under."""
+        return ("random", "uniform")
+
+    @property
+    def secondary_masking(self) -> bool:
+        """It has a token for secondary-masked visible patches."""
+        return False
+
+    @property
+    def partial_reconstruction(self) -> bool:
+        """PR-MIM applies."""
+        return True
+
+    @property
+    def shared_mask(self) -> bool:
+        """All samples of a micro-batch must have the same mask."""
+        return False
+
+    @property
+    def attention(self) -> AttentionMaskConfig | None:
+        """How the encoder's own attention masks the images, in a method where it does (AMT)."""
+        return None
+
+    @property
+    def static_shapes(self) -> bool:
+        """Shapes are the same for every plan, so that the method compiles to one graph."""
+        return True
 
     def mask_grid(self, image_size: int) -> tuple[int, int]:
         """(h, w) of the token grid that masks are drawn on."""
         raise NotImplementedError
+
+    def for_inference(self) -> "MethodConfig":
+        """The same model without what only training needs, such as a teacher's file."""
+        return self
 
     def check_sizes(self, image_size: int) -> Iterable[tuple[str, str]]:
         """(key, what is wrong and how to mend it) for sizes that do not fit each other."""
@@ -96,6 +132,10 @@ class MethodConfig:
         if mask.secondary_ratio > 0 and not self.secondary_masking:
             raise RecipeError(
                 f"{method} has no token for secondary-masked patches; set it to 0", key="mask.secondary_ratio"
+            )
+        if self.shared_mask and mask.shared_by == 1:
+            raise RecipeError(
+                f"{method} computes one mask for a whole micro-batch; set it to 64, say", "mask.shared_by"
             )
         if throw_ratio > 0 and not self.partial_reconstruction:
             raise RecipeError(f"{method} has no partial reconstruction (PR-MIM); set it to 0", key="throw_ratio")

@@ -45,7 +45,7 @@ class Config(MethodConfig):
         yield from check_width("method.encoder", self.encoder.embed_dim, self.encoder.num_heads)
         yield from check_width("method.decoder", self.decoder.embed_dim, self.decoder.num_heads)
 
-    def build(self, image_size: int, partial: PartialConfig, throwing: bool) -> "MAE":
+    def build(self, image_size: int, partial: PartialConfig, throwing: bool) -> Method:
         return MAE(image_size, self, partial, throwing)
 
 

@@ -1,0 +1,1 @@
+"""The families of official checkpoints, one file for each repository."""
