@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ummim.backbones.swin import PatchMerge, Swin, SwinConfig
+from tests.methods.plain_methods import embed_map, swin_stages
+from ummim.backbones.pyramid import PatchMerge
+from ummim.backbones.swin import Swin, SwinConfig
 from ummim.masking import MaskConfig, MaskPlan, PlanSampler
 
 CONFIG = SwinConfig(8, (1, 2, 1, 1), (1, 2, 2, 4), pos_mlp_dim=6)
@@ -62,7 +64,7 @@ def test_masked_patches_are_not_read() -> None:
 
 
 def test_a_merge_is_a_norm_and_a_strided_convolution() -> None:
-    merge = PatchMerge(4)
+    merge = PatchMerge(4, 8, norm=True)
     x = torch.randn(2, 6, 4, 4)
     normed = F.layer_norm(x, (4,), eps=1e-6).permute(0, 3, 1, 2)
     expected = F.conv2d(normed, merge.proj.weight, merge.proj.bias, stride=2).permute(0, 2, 3, 1)
@@ -93,3 +95,27 @@ def test_a_random_plan_is_refused() -> None:
     sampler = PlanSampler((8, 8), MaskConfig())
     with pytest.raises(ValueError, match="uniform plan"):
         encoder(images, sampler.stack([sampler(seed) for seed in (1, 2)]))
+
+
+def test_masked_patches_become_the_mask_token_on_the_whole_map() -> None:
+    """SimMIM as UM-MAE's code has it: the raw token, after the patch embedding and its norm."""
+    torch.manual_seed(0)
+    encoder = Swin(128, CONFIG, "replace").double()
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    sampler = PlanSampler(encoder.grid, MaskConfig("random", 0.6))
+    plan = sampler.stack([sampler(seed) for seed in (1, 2)])
+    images = torch.randn(2, 3, 128, 128, dtype=torch.float64)
+    expected = []
+    for image, masked in zip(images, plan.mask().view(2, 8, 8), strict=True):
+        x, coordinates = embed_map(encoder, image)
+        hidden = masked.repeat_interleave(4, 0).repeat_interleave(4, 1)
+        assert encoder.mask_token is not None
+        expected.append(swin_stages(encoder, torch.where(hidden[..., None], encoder.mask_token[0, 0], x), coordinates))
+    found = encoder(images, plan)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-9, atol=1e-9)
+    losses = [found.square().sum(), torch.stack(expected).square().sum()]
+    fast, plain = (torch.autograd.grad(loss, list(encoder.parameters())) for loss in losses)
+    torch.testing.assert_close(fast, plain, rtol=1e-7, atol=1e-8)
+    hidden = plan.mask().view(2, 1, 8, 8).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    assert encoder(images.masked_fill(hidden, float("nan")), plan).equal(found)

@@ -11,10 +11,8 @@ from ummim.masking import MaskConfig, MaskPlan, PlanSampler
 from ummim.methods.um_mae import UMMAE, Config
 from ummim.nn.decoder import DecoderConfig
 
-SMALL = Config(
-    encoder=SwinConfig(embed_dim=8, depths=(2, 2, 3, 2), num_heads=(1, 2, 2, 4), pos_mlp_dim=6),
-    decoder=DecoderConfig(embed_dim=16, depth=1, num_heads=4),
-)
+ENCODER = SwinConfig(embed_dim=8, depths=(2, 2, 3, 2), num_heads=(1, 2, 2, 4), pos_mlp_dim=6)
+SMALL = Config(ENCODER, DecoderConfig(embed_dim=16, depth=1, num_heads=4))
 
 
 def job(
@@ -51,7 +49,7 @@ def plain(model: UMMAE, images: torch.Tensor, plan: MaskPlan) -> tuple[torch.Ten
     ],
 )
 def test_equals_the_plain_implementation(image_size: int, window: int, secondary: float, throw: float) -> None:
-    config = replace(SMALL, encoder=replace(SMALL.encoder, window_size=window))
+    config = replace(SMALL, encoder=replace(ENCODER, window_size=window))
     model, images, plan = job(config, image_size, secondary, throw)
     loss, prediction = plain(model, images, plan)
     output = model(images, plan)
@@ -82,7 +80,7 @@ def test_gradients_equal_the_plain_implementations() -> None:
 @pytest.mark.parametrize(("image_size", "window"), [(64, 8), (96, 3), (128, 4)])
 def test_a_dense_image_equals_the_plain_implementation(image_size: int, window: int) -> None:
     """The exported encoder sees whole images: no plan, the same weights."""
-    config = replace(SMALL, encoder=replace(SMALL.encoder, window_size=window))
+    config = replace(SMALL, encoder=replace(ENCODER, window_size=window))
     model, images, _ = job(config, image_size)
     expected = torch.stack([swin_stages(model.encoder, *embed_map(model.encoder, image)) for image in images])
     torch.testing.assert_close(model.encoder(images), expected, rtol=1e-9, atol=1e-9)
@@ -94,7 +92,7 @@ def test_masked_and_secondary_pixels_never_reach_the_encoder() -> None:
     hidden = ~seen.view(2, 1, 8, 8).repeat_interleave(16, 2).repeat_interleave(16, 3)
     torn = images.masked_fill(hidden, float("nan"))
     assert model.encoder(torn, plan).equal(model.encoder(images, plan))
-    assert model(torn, plan).pixels.isfinite().all()
+    assert model(torn, plan).predicted.isfinite().all()
 
 
 def test_only_visible_patches_are_embedded() -> None:

@@ -4,19 +4,18 @@ Source: UM-MAE, sections 3.1 and 3.2. Since neighbours on the compact grid are n
 relative position bias is a small MLP of the *true* coordinate differences.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ummim.backbones.pyramid import Hiding, PatchMerge, Pyramid
 from ummim.backbones.window import Geometry, merge_windows, partition, window_geometry
 from ummim.masking import MaskPlan
-from ummim.nn.layers import LayerNorm, PatchConv, every_token, init_mae, take_patches
-
-MASK_PATCH = 16  # pixels: the unit of UM-MAE's masks
-TOKEN = 4  # pixels: the side of a first-stage token
+from ummim.nn.layers import LayerNorm, init_mae
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,7 @@ class SwinConfig:
     """A Swin's size; the default is Swin-T.
 
     Attributes:
+        kind: names this encoder in a recipe.
         embed_dim: width of the first stage; it doubles at each of the three merges.
         depths: blocks per stage.
         num_heads: attention heads per stage.
@@ -32,42 +32,13 @@ class SwinConfig:
         pos_mlp_dim: hidden width of the relative position MLP.
     """
 
+    kind: Literal["um_swin"] = field(default="um_swin", kw_only=True)
     embed_dim: int = 96
     depths: tuple[int, int, int, int] = (2, 2, 6, 2)
     num_heads: tuple[int, int, int, int] = (3, 6, 12, 24)
     window_size: int = 8
     mlp_ratio: float = 4.0
     pos_mlp_dim: int = 32
-
-
-class PatchEmbed(nn.Module):
-    """4x4-pixel tokens of the given patches, with a LayerNorm."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.proj = PatchConv(TOKEN, dim)
-        self.norm = LayerNorm(dim)
-        nn.init.zeros_(self.proj.bias)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """(B, n, 3, 16, 16) -> (B, n, 16, C): each patch's 4x4 tokens, row-major."""
-        b, n, c, p, _ = patches.shape
-        t = p // TOKEN
-        tokens = patches.view(b, n, c, t, TOKEN, t, TOKEN).permute(0, 1, 3, 5, 2, 4, 6).reshape(b, n, t * t, -1)
-        return self.norm(self.proj(tokens))
-
-
-class PatchMerge(nn.Module):
-    """LayerNorm, then a 2x2 convolution of stride 2: (B, H, W, C) -> (B, H/2, W/2, 2C)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.norm = LayerNorm(dim)
-        self.proj = nn.Conv2d(dim, 2 * dim, 2, stride=2)
-        _init_conv(self.proj)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
 
 
 class WindowAttention(nn.Module):
@@ -133,7 +104,7 @@ class Stage(nn.Module):
 
     def __init__(self, dim: int, depth: int, num_heads: int, merge: bool, config: SwinConfig) -> None:
         super().__init__()
-        self.merge = PatchMerge(dim // 2) if merge else None
+        self.merge = PatchMerge(dim // 2, dim, norm=True) if merge else None
         self.blocks = nn.ModuleList(SwinBlock(dim, num_heads, config) for _ in range(depth))
 
     def forward(self, x: Tensor, plain: Geometry, shifted: Geometry) -> Tensor:
@@ -144,74 +115,54 @@ class Stage(nn.Module):
         return x
 
 
-class Swin(nn.Module):
-    """Swin with position MLPs: compact under a uniform plan, dense without one."""
+class Swin(Pyramid):
+    """Swin with position MLPs.
 
-    def __init__(self, image_size: int, config: SwinConfig, secondary: bool = True) -> None:
-        super().__init__()
+    Args:
+        image_size: side of the image.
+        config: sizes.
+        hiding: how masked patches are hidden.
+        secondary: ``compact`` has a ``vis_mask_token``.
+        final_norm: end in a LayerNorm.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        config: SwinConfig,
+        hiding: Hiding = "compact",
+        secondary: bool = True,
+        final_norm: bool = True,
+    ) -> None:
+        super().__init__(image_size, config.embed_dim, norm=True, hiding=hiding, secondary=secondary)
         self.config = config
-        self.grid = (image_size // MASK_PATCH, image_size // MASK_PATCH)
-        self.patch_embed = PatchEmbed(config.embed_dim)
-        self.vis_mask_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim)) if secondary else None
         self.stages = nn.ModuleList(
             Stage(config.embed_dim * 2**s, config.depths[s], config.num_heads[s], s > 0, config) for s in range(4)
         )
         self.embed_dim = config.embed_dim * 8
-        self.norm = LayerNorm(self.embed_dim)
+        self.norm = LayerNorm(self.embed_dim) if final_norm else nn.Identity()
         self.apply(init_mae)
         for module in self.modules():
             if isinstance(module, WindowAttention):
                 _init_position_mlp(module.posmlp)
-        if self.vis_mask_token is not None:
-            nn.init.normal_(self.vis_mask_token, std=0.02)
-
-    def embed(self, images: Tensor, plan: MaskPlan | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Map (B, H', W', C) and the true token coordinates of its rows and columns, each (B', H', W') int64.
-
-        Only visible patches are embedded; secondary-masked ones become the normed ``vis_mask_token``.
-        """
-        h, w = self.grid
-        ids = every_token(images.shape[0], h * w, images.device) if plan is None else plan.visible
-        if plan is not None:
-            h, w = h // 2, w // 2
-        x = self.patch_embed(take_patches(images, ids, MASK_PATCH))  # (B, V, 16, C)
-        if plan is not None and self.vis_mask_token is not None:
-            hidden = self.patch_embed.norm(self.vis_mask_token)  # (1, 1, C)
-            x = torch.where(plan.secondary[:, :, None, None], hidden, x)
-        t = MASK_PATCH // TOKEN
-        inner = torch.arange(t, device=ids.device)
-        ids = ids[:1] if plan is None else ids  # a dense image's coordinates are every sample's
-        rows = (ids // self.grid[1] * t)[:, :, None, None] + inner[:, None] + 0 * inner  # (B', V, t, t)
-        cols = (ids % self.grid[1] * t)[:, :, None, None] + inner + 0 * inner[:, None]
-        tiles = [tile.reshape(tile.shape[0], h, w, t, t, -1) for tile in (x, rows, cols)]
-        x, rows, cols = (tile.transpose(2, 3).reshape(tile.shape[0], h * t, w * t, -1) for tile in tiles)
-        return x, rows[..., 0], cols[..., 0]
 
     def forward(self, images: Tensor, plan: MaskPlan | None = None) -> Tensor:
-        """(B, 3, H, W) -> (B, h, w, 8C): the last stage's normed map; with a plan, of the compact grid.
+        """(B, 3, H, W) -> (B, h, w, 8C): the last stage's normed map; compact under a plan to be compacted.
 
         Raises:
-            ValueError: a plan that is not uniform.
+            ValueError: a plan that is not uniform, where the grid is to be compacted.
         """
-        if plan is not None and not plan.compact:
-            raise ValueError("this encoder compacts the grid: it needs a uniform plan (one visible in each 2x2)")
+        compact = self.compacts(plan)
         x, rows, cols = self.embed(images, plan)
         for s, stage in enumerate(self.stages):
             if s:
                 rows, cols = rows[:, ::2, ::2], cols[:, ::2, ::2]  # a merged token keeps its top-left coordinate
             geometry = [
-                window_geometry(rows, cols, self.config.window_size, shifted, stage=s, compact=plan is not None)
+                window_geometry(rows, cols, self.config.window_size, shifted, stage=s, compact=compact)
                 for shifted in (False, True)
             ]
             x = stage(x, *geometry)
         return self.norm(x)
-
-
-def _init_conv(conv: nn.Conv2d) -> None:
-    """N(0, sqrt(2 / fan_out)), bias 0 (UM-MAE)."""
-    nn.init.normal_(conv.weight, std=(2.0 / (conv.kernel_size[0] * conv.kernel_size[1] * conv.out_channels)) ** 0.5)
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
 
 
 def _init_position_mlp(mlp: nn.Sequential) -> None:
