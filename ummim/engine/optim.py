@@ -1,10 +1,12 @@
 """AdamW, its two parameter groups, and the learning rate as a pure function of the optimizer step."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.scheduler.multistep_lr import MultiStepLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from ummim.run_plan import RunPlan
@@ -21,8 +23,15 @@ class OptimConfig:
         betas: AdamW's decay rates of the two moments, per optimizer step.
         eps: AdamW's term in the denominator (PyTorch's default; every paper here leaves it).
         weight_decay: decoupled weight decay, multiplied by the learning rate at each step.
-        warmup_epochs: epochs of linear warm-up from a learning rate of exactly 0.
+        schedule: after the warm-up, ``cosine`` falls to ``min_lr`` over the rest of the run, ``step`` stays at the
+            peak and is multiplied by ``decay_rate`` at each of ``decay_epochs`` (SimMIM's 800 epochs).
+        warmup_epochs: epochs of linear warm-up from ``warmup_lr`` to the peak.
+        warmup_lr: where the warm-up starts; quoted and scaled like ``base_lr`` (MAE family: exactly 0).
+        cosine_over_warmup: the cosine counts the warm-up's steps as gone, as in SimMIM's official code, so that the
+            rate drops a little where the warm-up ends; without it, it begins there, at the peak (MAE family).
         min_lr: what the cosine reaches after the last step; absolute, not scaled with the batch.
+        decay_epochs: epochs, ascending, after which ``step`` lowers the rate; those beyond the run never come.
+        decay_rate: what ``step`` multiplies the rate by.
         clip_grad: largest global gradient norm; 0 switches clipping off (MAE family: off; SimMIM: 5.0).
     """
 
@@ -31,8 +40,13 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.05
+    schedule: Literal["cosine", "step"] = "cosine"
     warmup_epochs: float = 40.0
+    warmup_lr: float = 0.0
+    cosine_over_warmup: bool = False
     min_lr: float = 0.0
+    decay_epochs: tuple[float, ...] = ()
+    decay_rate: float = 0.1
     clip_grad: float = 0.0
 
 
@@ -40,8 +54,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Split the trainable parameters as the MAE family's pre-training does (timm 0.3.2's helper).
 
     Not decayed: one-dimensional parameters and names that end in ``.bias``. Everything else is decayed, the
-    mask and class tokens too (they have three dimensions). The order, [no decay, decay], is that of the
-    official checkpoints' optimizer state. Frozen parameters are in neither group.
+    mask and class tokens too (they have three dimensions), and tables of relative positions (as in SimMIM's
+    official pre-training, if against its intent; see ``ummim.methods.simmim.Config``). The order, [no decay,
+    decay], is that of the official checkpoints' optimizer state. Frozen parameters are in neither group.
     """
     no_decay: list[nn.Parameter] = []
     decay: list[nn.Parameter] = []
@@ -63,21 +78,31 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps)
 
 
-def build_schedule(optimizer: Any, config: OptimConfig, plan: RunPlan) -> CosineLRScheduler:
-    """Linear warm-up from 0, then a cosine to ``min_lr``; ``schedule.step_update(done)`` sets it.
+def build_schedule(optimizer: Any, config: OptimConfig, plan: RunPlan) -> Scheduler:
+    """Linear warm-up, then a cosine or steps down; ``schedule.step_update(done)`` sets the rate.
 
     ``optimizer`` is anything with ``param_groups`` (DeepSpeed's wrappers too) and ``done`` the number of
     optimizer steps already taken: the rate is a pure function of it, so a resumed run needs no state here.
-    A group's ``lr_scale`` multiplies its rate, ``min_lr`` included.
+    A group's ``lr_scale`` multiplies its rate, ``min_lr`` included. (SimMIM's official counter lags by one step.)
     """
     for group in optimizer.param_groups:
         group["initial_lr"] = plan.lr
+    warmup: dict[str, Any] = {
+        "warmup_t": plan.warmup_steps,
+        "warmup_lr_init": config.warmup_lr * plan.global_batch / config.reference_batch,
+        "t_in_epochs": False,
+    }
+    if config.schedule == "step":
+        # timm applies the milestone m at m - 1; counted from the run's first step, as in SimMIM's official code.
+        milestones = [round(epoch * plan.steps_per_epoch) + 1 for epoch in config.decay_epochs]
+        return MultiStepLRScheduler(
+            optimizer, decay_t=milestones, decay_rate=config.decay_rate, warmup_prefix=False, **warmup
+        )
+    gone = 0 if config.cosine_over_warmup else plan.warmup_steps
     return CosineLRScheduler(
         optimizer,
-        t_initial=max(1, plan.total_steps - plan.warmup_steps),
+        t_initial=max(1, plan.total_steps - gone),
         lr_min=config.min_lr,
-        warmup_t=plan.warmup_steps,
-        warmup_lr_init=0.0,
-        warmup_prefix=True,
-        t_in_epochs=False,
+        warmup_prefix=not config.cosine_over_warmup,
+        **warmup,
     )

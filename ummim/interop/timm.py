@@ -4,11 +4,16 @@ import json
 import os
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ummim.backbones.vit import ViT, ViTConfig
+from ummim.backbones.relative_vit import RelativeViT
+from ummim.backbones.sparse_swin import SparseSwin
+from ummim.backbones.table_swin import UNIT, TableSwin
+from ummim.backbones.vit import ViT
 from ummim.errors import UserError
+from ummim.methods.api import Method
 
 # timm's plain ViTs by (patch_size, embed_dim, depth, num_heads); all have mlp_ratio 4 and LayerNorm eps 1e-6.
 TIMM_VITS = {
@@ -26,34 +31,65 @@ TIMM_VITS = {
 }
 
 
+# timm's BEiTs, likewise, and its Swins by (embed_dim, depths, num_heads); window 7, mlp_ratio 4, eps 1e-5.
+TIMM_BEITS = {
+    (16, 768, 12, 12): "beit_base_patch16_224",
+    (16, 1024, 24, 16): "beit_large_patch16_224",
+}
+TIMM_SWINS = {
+    (96, (2, 2, 6, 2), (3, 6, 12, 24)): "swin_tiny_patch4_window7_224",
+    (96, (2, 2, 18, 2), (3, 6, 12, 24)): "swin_small_patch4_window7_224",
+    (128, (2, 2, 18, 2), (4, 8, 16, 32)): "swin_base_patch4_window7_224",
+    (192, (2, 2, 18, 2), (6, 12, 24, 48)): "swin_large_patch4_window7_224",
+}
+TOKENS = ("mask_token", "vis_mask_token")  # of pre-training only
+
+
 def export_timm(model: nn.Module) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
     """An encoder's tensors as timm names them, and the timm model that takes them.
 
+    ViTs become timm's ViTs, SimMIM's ViT a BEiT with one shared position table, and Swins timm's Swins. A Swin
+    exported at one window fits another after timm's own resizing: pass the tensors through
+    ``timm.models.swin_transformer.checkpoint_filter_fn(tensors, model)``.
+
     Args:
-        model: a ViT encoder, or a method, of which the encoder is taken.
+        model: an encoder, or a method, of which the encoder is taken.
 
     Returns:
         (tensors, name, kwargs): ``timm.create_model(name, **kwargs)`` loads the tensors with ``strict=True``,
-        and its ``forward_features`` equals the encoder's output on whole images. Like ``state_dict``, the
-        tensors share memory with the model.
+        and its ``forward_features`` equals the encoder's output on whole images. The norms of GreenMIM's and
+        LocalMIM's Swin have eps 1e-6, which no JSON can say: add ``norm_layer=partial(nn.LayerNorm, eps=1e-6)``
+        for equal features. Like ``state_dict``, the tensors share memory with the model, but for the merges of a
+        Swin that joins 2x2 tokens row by row: those are put into timm's order.
 
     Raises:
         UserError: an encoder that timm has no counterpart of.
     """
-    encoder = model if isinstance(model, ViT) else getattr(model, "encoder", model)
-    if not isinstance(encoder, ViT):
+    encoder = model.encoder if isinstance(model, Method) else model
+    tensors = {name: tensor for name, tensor in encoder.state_dict().items() if name not in TOKENS}
+    if isinstance(encoder, ViT):
+        name, kwargs = _vit(encoder, TIMM_VITS)
+        if isinstance(encoder.norm, nn.Identity):
+            kwargs["final_norm"] = False
+        return tensors, name, kwargs
+    if isinstance(encoder, RelativeViT):
+        name, kwargs = _vit(encoder, TIMM_BEITS)
+        return tensors, name, {**kwargs, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
+    if not isinstance(encoder, (TableSwin, SparseSwin)):
         raise UserError(
             f"timm has no model like this {type(encoder).__name__} (position MLPs, convolutional merges), so "
             "it cannot be exported as timm; use --format official or --format safetensors"
         )
-    name, kwargs = _architecture(encoder.config, encoder.grid)
-    return encoder.state_dict(), name, kwargs
+    if isinstance(encoder.norm, nn.Identity):
+        raise UserError("timm's Swin ends in a norm and this one does not; use --format official or safetensors")
+    return _merge_by_columns(encoder, tensors), *_swin(encoder)
 
 
 def write_timm(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write :func:`export_timm`'s tensors as safetensors.
 
-    The metadata hold ``architecture`` (timm's model name) and ``kwargs`` (JSON) for ``timm.create_model``.
+    The metadata hold ``architecture`` (timm's model name) and ``kwargs`` (JSON) for ``timm.create_model``, and
+    ``norm_eps``, the eps of the norms.
 
     Raises:
         UserError: an encoder that timm has no counterpart of.
@@ -61,19 +97,50 @@ def write_timm(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     tensors, name, kwargs = export_timm(model)
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    save_file(contiguous, path, metadata={"format": "pt", "architecture": name, "kwargs": json.dumps(kwargs)})
+    eps = next(str(module.eps) for module in model.modules() if isinstance(module, nn.LayerNorm))
+    metadata = {"format": "pt", "architecture": name, "kwargs": json.dumps(kwargs), "norm_eps": eps}
+    save_file(contiguous, path, metadata)
 
 
-def _architecture(config: ViTConfig, grid: tuple[int, int]) -> tuple[str, dict[str, Any]]:
+def _vit(encoder: ViT | RelativeViT, published: dict[tuple[int, int, int, int], str]) -> tuple[str, dict[str, Any]]:
     """timm's model name and what differs from that model's own sizes."""
+    config = encoder.config
     size = (config.patch_size, config.embed_dim, config.depth, config.num_heads)
     kwargs: dict[str, Any] = {"num_classes": 0, "global_pool": "token"}  # keeps the final norm, and no head
-    image_size = grid[0] * config.patch_size
+    image_size = encoder.grid[0] * config.patch_size
     if image_size != 224:
         kwargs["img_size"] = image_size
     if config.mlp_ratio != 4:
         kwargs["mlp_ratio"] = config.mlp_ratio
-    if size not in TIMM_VITS:
+    if size not in published:
         names = ("patch_size", "embed_dim", "depth", "num_heads")
         kwargs.update(zip(names, size, strict=True))
-    return TIMM_VITS.get(size, "vit_base_patch16_224"), kwargs
+    return published.get(size, published[16, 768, 12, 12]), kwargs
+
+
+def _swin(encoder: TableSwin | SparseSwin) -> tuple[str, dict[str, Any]]:
+    """Likewise; without a head, whatever pools the tokens has no tensors."""
+    config = encoder.config
+    size = (config.embed_dim, config.depths, config.num_heads)
+    kwargs: dict[str, Any] = {"num_classes": 0}
+    if (image_size := encoder.grid[0] * UNIT) != 224:
+        kwargs["img_size"] = image_size
+    if config.window_size != 7:
+        kwargs["window_size"] = config.window_size
+    if config.mlp_ratio != 4:
+        kwargs["mlp_ratio"] = config.mlp_ratio
+    if size not in TIMM_SWINS:
+        kwargs.update(zip(("embed_dim", "depths", "num_heads"), size, strict=True))
+    return TIMM_SWINS.get(size, "swin_base_patch4_window7_224"), kwargs
+
+
+def _merge_by_columns(encoder: TableSwin | SparseSwin, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a Swin that merges 2x2 tokens column by column (TL, BL, TR, BR), as timm's does."""
+    ordered = dict(tensors)
+    for stage, layer in enumerate(encoder.layers):
+        if getattr(layer.downsample, "row_major", False):
+            for name in ("norm.weight", "norm.bias", "reduction.weight"):
+                key = f"layers.{stage}.downsample.{name}"
+                first, second, third, fourth = tensors[key].chunk(4, dim=-1)
+                ordered[key] = torch.cat([first, third, second, fourth], dim=-1)
+    return ordered
