@@ -1,4 +1,4 @@
-"""Command line: ``ummim recipes``, ``show``, ``export``, ``reconstruct``."""
+"""Command line: ``ummim recipes``, ``show``, ``cost``, ``export``, ``reconstruct``."""
 
 import argparse
 import sys
@@ -28,6 +28,12 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("recipe", help="packaged name or path")
     show.add_argument("overrides", nargs="*", metavar="key=value")
     show.set_defaults(run=_show)
+
+    cost = commands.add_parser("cost", help="FLOPs and activation memory for each image, beside full reconstruction")
+    cost.add_argument("recipe", help="packaged name or path")
+    cost.add_argument("overrides", nargs="*", metavar="key=value")
+    cost.add_argument("--json", action="store_true", help="one JSON object; docs/cost.md explains its keys")
+    cost.set_defaults(run=_cost)
 
     export = commands.add_parser("export", help="write a checkpoint's weights for other programs")
     export.add_argument("checkpoint", type=Path, help="a run's folder, or one of its checkpoints/step-N")
@@ -66,6 +72,16 @@ def _show(options: argparse.Namespace) -> None:
     from ummim.recipe_file import dump_recipe, load_recipe
 
     print(dump_recipe(load_recipe(options.recipe, options.overrides)), end="")
+
+
+def _cost(options: argparse.Namespace) -> None:
+    import json
+
+    from ummim.cost import report, table
+    from ummim.recipe_file import load_recipe
+
+    values = report(load_recipe(options.recipe, options.overrides))
+    print(json.dumps(values, indent=2) if options.json else table(values))
 
 
 def _export(options: argparse.Namespace) -> None:
