@@ -47,6 +47,7 @@ def pretrain(recipe: Recipe) -> int:
     """Run ``recipe`` on this rank, to its end or an interruption; returns the exit code."""
     import torch
 
+    from ummim.attention_maps import attention_batches
     from ummim.data import Batch, ShardIndex, build_loader, fixed_batch
     from ummim.engine.faults import on_main
     from ummim.engine.resume import lock
@@ -72,12 +73,16 @@ def pretrain(recipe: Recipe) -> int:
     sampler.warm_up()
     torch.manual_seed(recipe.seed)  # the same weights on every rank
     method = recipe.method.build(recipe.data.image_size, recipe.partial, recipe.throw_ratio > 0)
+    if recipe.compile:
+        method.compile(dynamic=False)
     fixed = fixed_batch(index, recipe.data, sampler, recipe.seed, recipe.figure_images).to(world.device)
 
     def batches(done: int) -> Iterable[Batch]:
         if world.is_main:  # the run is ours from here on: a refused checkpoint has ended it before
             write_text(output / "recipe.yaml", dump_recipe(recipe))
             write_environment(output, world.size, world.device, index.digest)
+        if recipe.method.attention is not None:
+            return attention_batches(method, index, recipe, plan, world, done)
         loader = build_loader(index, recipe.data, sampler, recipe.seed, plan, world.rank, world.size, done)
         loader.pin_memory = world.device.type == "cuda"
         return loader

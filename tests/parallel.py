@@ -1,6 +1,6 @@
 """Train real methods under many strategies in one process group; rank 0 prints a JSON line of losses per case.
 
-Arguments: a recipe file, and a JSON list of lists of ``key=value`` overrides, one per case.
+Arguments: a folder for the runs, and a JSON list of cases, each a list of a recipe file and ``key=value`` overrides.
 """
 
 import json
@@ -36,10 +36,9 @@ def batches(recipe: Recipe, plan: RunPlan, rank: int, done: int) -> Iterator[Bat
 
 def main() -> None:
     world = zero.setup_distributed()
-    for number, overrides in enumerate(json.loads(sys.argv[2])):
-        recipe = load_recipe(sys.argv[1], overrides)
-        output = Path(recipe.output) / str(number)
-        recipe = load_recipe(sys.argv[1], [*overrides, f"output={output}"])
+    for number, (file, *overrides) in enumerate(json.loads(sys.argv[2])):
+        output = Path(sys.argv[1]) / str(number)
+        recipe = load_recipe(file, [*overrides, f"output={output}"])
         plan = recipe.plan(world.size, samples=10 * recipe.global_batch)
         torch.manual_seed(recipe.seed)
         method = recipe.method.build(recipe.data.image_size, recipe.partial, recipe.throw_ratio > 0)

@@ -1,52 +1,65 @@
-"""MAE and UM-MAE with PR-MIM on two ranks: ZeRO stages agree, activation checkpointing changes no bit."""
+"""Real methods on two ranks: ZeRO stages agree, activation checkpointing changes no bit, bf16 stays near fp32."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT, TINY_MAE, TINY_UM_MAE
+from tests.methods.tiny import METHODS
+from ummim.data.config import DataConfig
+from ummim.engine.optim import OptimConfig
+from ummim.recipe import Recipe
+from ummim.recipe_file import dump_recipe
 
 STAGES = [[f"zero_stage={stage}"] for stage in range(4)]
 KINDS = ("torch", "deepspeed", "fairscale", "fairscale_offload")
 CHECKPOINTED = [[*stage, f"activation_checkpointing={kind}"] for stage in STAGES for kind in KINDS]
 BF16 = [[*stage, "precision=bf16"] for stage in STAGES]
-# ZeRO-3 comes last: DeepSpeed then replaces torch's linear for good by one that adds the bias apart, 1 ulp away.
-CASES = sorted(STAGES + CHECKPOINTED + BF16, key=lambda case: case[0])
-COMMON = ["max_steps=10", "checkpoint_every=1000", "micro_batch=2"]  # two ranks, two micro-batches each
+COMMON = ["checkpoint_every=1000", "micro_batch=2"]  # two ranks, two micro-batches each
 
-Losses = dict[str, list[float]]
+Losses = dict[tuple[str, ...], list[float]]
+
+
+def launch(folder: Path, cases: Sequence[tuple[str, ...]], steps: int) -> Losses:
+    """Each case's losses, from one launch on two ranks; a case is a recipe file in ``folder`` and overrides.
+
+    ZeRO-3 comes last: DeepSpeed then replaces torch's linear for good by one that adds the bias apart, 1 ulp away.
+    """
+    ordered = sorted(cases, key=lambda case: case[1])
+    jobs = json.dumps([[str(folder / file), *rest, *COMMON, f"max_steps={steps}"] for file, *rest in ordered])
+    command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2",
+               "-m", "tests.parallel", str(folder), jobs]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    job = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    assert job.returncode == 0, job.stderr
+    lines = [json.loads(line) for line in job.stdout.splitlines() if line.startswith("[")]
+    return dict(zip(ordered, lines, strict=True))
 
 
 @pytest.fixture(scope="module", params=[TINY_MAE + "throw_ratio: 0.5\n", TINY_UM_MAE], ids=["mae", "um_mae"])
 def losses(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Losses:
-    """Ten steps' losses of every case, from one launch."""
+    """Ten steps of every strategy."""
     folder = tmp_path_factory.mktemp("parallel")
-    (folder / "tiny.yaml").write_text(request.param + f"output: {folder}\n")
-    cases = json.dumps([case + COMMON for case in CASES])
-    command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2",
-               "-m", "tests.parallel", str(folder / "tiny.yaml"), cases]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    job = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
-    assert job.returncode == 0, job.stderr
-    lines = [json.loads(line) for line in job.stdout.splitlines() if line.startswith("[")]
-    return {" ".join(case): line for case, line in zip(CASES, lines, strict=True)}
+    (folder / "tiny.yaml").write_text(request.param)
+    return launch(folder, [("tiny.yaml", *case) for case in STAGES + CHECKPOINTED + BF16], steps=10)
 
 
 def test_zero_stages_agree_in_fp32(losses: Losses):
-    plain = losses["zero_stage=0"]
+    plain = losses["tiny.yaml", "zero_stage=0"]
     assert len(plain) == 10
     assert plain[-1] < plain[0]
     for stage in STAGES:
-        assert losses[stage[0]] == pytest.approx(plain, rel=1e-6)
+        assert losses["tiny.yaml", stage[0]] == pytest.approx(plain, rel=1e-6)
 
 
 def test_activation_checkpointing_changes_no_bit(losses: Losses):
     for case in CHECKPOINTED:
-        assert losses[" ".join(case)] == losses[case[0]], case
+        assert losses["tiny.yaml", *case] == losses["tiny.yaml", case[0]], case
 
 
 def test_bf16_stays_near_fp32(losses: Losses):
@@ -55,4 +68,46 @@ def test_bf16_stays_near_fp32(losses: Losses):
     by a few 2^-9. 1e-2 relative leaves room for ten steps of that; a lost master copy or a wrong gradient scale
     ends above it."""
     for case in BF16:
-        assert losses[" ".join(case)] == pytest.approx(losses[case[0]], rel=1e-2), case
+        assert losses["tiny.yaml", *case] == pytest.approx(losses["tiny.yaml", case[0]], rel=1e-2), case
+
+
+MIXED = [
+    (stage, *checkpointing, *precision)
+    for stage in ("zero_stage=2", "zero_stage=3")
+    for checkpointing in ((), ("activation_checkpointing=torch",))
+    for precision in ((), ("precision=bf16",))
+]
+
+
+@pytest.fixture(scope="module")
+def every_method(tmp_path_factory: pytest.TempPathFactory) -> Losses:
+    """Four steps of every method on every kind of encoder, under ZeRO-2 and ZeRO-3, with tokens thrown if it can."""
+    folder = tmp_path_factory.mktemp("methods")
+    for name, tiny in METHODS.items():
+        recipe = Recipe(
+            method=tiny.config,
+            data=DataConfig("nowhere", image_size=tiny.image_size),
+            epochs=1,
+            global_batch=8,
+            mask=tiny.mask,
+            throw_ratio=tiny.throw[-1],
+            optim=OptimConfig(base_lr=1e-2, warmup_epochs=0.2),
+            precision="fp32",
+            log_every=1,
+            tensorboard=False,
+        )
+        (folder / f"{name}.yaml").write_text(dump_recipe(recipe))
+    return launch(folder, [(f"{name}.yaml", *case) for name in METHODS for case in MIXED], steps=4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_alike_under_every_strategy(name: str, every_method: Losses):
+    plain = every_method[f"{name}.yaml", "zero_stage=2"]
+    assert len(set(plain)) == 4
+    for stage in ("zero_stage=2", "zero_stage=3"):
+        full = every_method[f"{name}.yaml", stage]
+        assert full == pytest.approx(plain, rel=1e-5)
+        assert every_method[f"{name}.yaml", stage, "activation_checkpointing=torch"] == full
+        half = every_method[f"{name}.yaml", stage, "precision=bf16"]
+        assert half == pytest.approx(full, rel=2e-2)
+        assert every_method[f"{name}.yaml", stage, "activation_checkpointing=torch", "precision=bf16"] == half

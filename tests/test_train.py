@@ -199,3 +199,24 @@ def test_changed_recipe_in_the_same_folder_is_refused(change: str, part: str, un
     assert part in result.stderr
     assert "name another output" in result.stderr
     assert (undisturbed / "recipe.yaml").read_text() == before
+
+
+def test_a_method_of_the_users_own_trains_and_draws(shards: Path, tmp_path: Path):
+    recipe = tmp_path / "ninth.yaml"
+    text = TINY_MAE.replace("name: mae", "name: tests.methods.ninth\n  radius: 6").replace("SHARDS", str(shards))
+    recipe.write_text(text + f"throw_ratio: 0.5\noutput: {tmp_path / 'run'}\n")
+    result = train(recipe)
+    assert result.returncode == 0, result.stderr
+    assert len(losses(tmp_path / "run")) == 12
+    assert list((tmp_path / "run" / "reconstructions").glob("*.png"))
+
+
+def test_one_compiled_graph_trains_as_the_eager_one_does(shards: Path, tmp_path: Path):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(TINY_MAE.replace("SHARDS", str(shards)))
+    small = ("max_steps=2", "figure_every=0", "method.encoder.depth=1")
+    for name in ("eager", "compiled"):
+        result = train(recipe, f"output={tmp_path / name}", f"compile={name == 'compiled'}", *small)
+        assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
+    assert train(recipe, "compile=true", "zero_stage=3", "--dry-run").returncode == 2

@@ -7,33 +7,18 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ummim.backbones.swin import SwinConfig
-from ummim.backbones.vit import ViTConfig
-from ummim.masking import MaskConfig, MaskPlan, PlanSampler
-from ummim.methods import mae, um_mae
+from tests.methods.tiny import METHODS
+from ummim.masking import MaskPlan, PlanSampler
 from ummim.nn.aggregation import PartialConfig
-from ummim.nn.decoder import DecoderConfig
 
-DECODER = DecoderConfig(embed_dim=16, depth=1, num_heads=4)
-METHODS = {
-    "mae": (
-        mae.Config(ViTConfig(patch_size=4, embed_dim=24, depth=1, num_heads=3), DECODER),
-        24,
-        MaskConfig(),
-    ),
-    "um_mae": (
-        um_mae.Config(SwinConfig(8, (2, 1, 1, 1), (1, 2, 2, 4), pos_mlp_dim=6), DECODER),
-        128,
-        MaskConfig("uniform", 0.75, 0.25),
-    ),
-}
+CASES = [(name, throw) for name, tiny in METHODS.items() if tiny.static for throw in tiny.throw]
 
 
 def job(name: str, throw: float) -> tuple[Any, torch.Tensor, list[MaskPlan]]:
-    config, size, mask = METHODS[name]
+    config, size = METHODS[name].config, METHODS[name].image_size
     torch.manual_seed(0)
     model = config.build(size, PartialConfig(), throw > 0)
-    sampler = PlanSampler(config.mask_grid(size), mask, throw)
+    sampler = PlanSampler(config.mask_grid(size), METHODS[name].mask, throw)
     plans = [sampler.stack([sampler(seed) for seed in (i, i + 1)]) for i in (0, 5)]
     return model, torch.randn(2, 3, size, size), plans
 
@@ -45,8 +30,7 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("throw", [0.0, 0.5])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "throw"), CASES)
 def test_the_forward_is_one_graph_for_every_plan(name: str, throw: float, fresh_compiler: None) -> None:
     model, images, plans = job(name, throw)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -60,11 +44,10 @@ def test_the_forward_is_one_graph_for_every_plan(name: str, throw: float, fresh_
     torch.testing.assert_close(compiled_grads, [p.grad for p in model.parameters()], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("throw", [0.0, 0.5])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "throw"), CASES)
 def test_forward_and_backward_need_no_data(name: str, throw: float) -> None:
     """Fake tensors have shapes only: any look at a value, such as boolean indexing, raises."""
-    config, size, _ = METHODS[name]
+    config, size = METHODS[name].config, METHODS[name].image_size
     _, images, plans = job(name, throw)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         model = config.build(size, PartialConfig(), throw > 0)
