@@ -9,7 +9,7 @@ from ummim.nn.layers import PatchConv, every_token, init_mae, sincos_table, take
 
 
 def test_the_table_has_the_columns_in_its_first_half() -> None:
-    """SPEC 1.2's values, D = 768."""
+    """The official code's values, D = 768."""
     table = sincos_table(768, (14, 14), cls_token=True)
     assert table.shape == (1, 197, 768)
     assert table.dtype == torch.float32

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ummim.backbones.group_attention import GroupAttention, Grouping, Groups, unit_groups
 from ummim.backbones.table_swin import TOKEN, UNIT, TableSwinConfig
 from ummim.masking import MaskPlan
-from ummim.nn.layers import LayerNorm, PatchConv, every_token, init_mae, take_patches
+from ummim.nn.layers import LayerNorm, PatchConv, every_token, finer_cells, init_mae, take_patches
 
 
 class StageTokens(NamedTuple):
@@ -188,7 +188,7 @@ class SparseSwin(nn.Module):
             if s < 3:
                 x = self.layers[s + 1].downsample(x, self.side(s))  # type: ignore[operator]
             side = self.side(min(s + 1, 3))
-            taps.append(StageTokens(x, token_cells(ids, self.grid, side), (h * side, w * side)))
+            taps.append(StageTokens(x, finer_cells(ids, self.grid[1], side), (h * side, w * side)))
         return taps
 
     def forward(self, images: Tensor, plan: MaskPlan | None = None) -> Tensor:
@@ -198,14 +198,6 @@ class SparseSwin(nn.Module):
             ValueError: a plan whose samples do not share one mask.
         """
         return self.norm(self.features(images, plan)[-1].x)
-
-
-def token_cells(units: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """(B, V) unit ids -> (B, V * side**2) raster cells of their tokens, row-major inside each unit."""
-    width = grid[1] * side
-    at = torch.arange(side, device=units.device)
-    corner = units // grid[1] * side * width + units % grid[1] * side  # (B, V)
-    return (corner[:, :, None, None] + at[:, None] * width + at).flatten(1)
 
 
 def _to_device(grouping: Grouping, device: torch.device) -> Groups:

@@ -49,6 +49,16 @@ def take_patches(images: Tensor, ids: Tensor, patch: int) -> Tensor:
     return patches[sample, ids // w, ids % w]
 
 
+def finer_cells(ids: Tensor, width: int, side: int) -> Tensor:
+    """(B, n) ids on a grid of some width -> (B, n * side**2) ids of their cells on the ``side`` times finer grid.
+
+    Token by token, row-major inside each.
+    """
+    at = torch.arange(side, device=ids.device)
+    corner = (ids // width * width * side + ids % width) * side  # (B, n)
+    return (corner[:, :, None, None] + at[:, None] * width * side + at).flatten(1)
+
+
 def every_token(batch: int, tokens: int, device: torch.device) -> Tensor:
     """(B, N) int64: all token ids, for a dense image."""
     return torch.arange(tokens, device=device).expand(batch, tokens)
