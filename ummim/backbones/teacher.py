@@ -1,0 +1,205 @@
+"""A frozen ViT that tells a student what whole images look like to it: TEC's teacher.
+
+Source: "Towards Sustainable Self-supervised Learning" (TEC; Gao et al., 2022), section 3.
+"""
+
+import argparse
+import os
+import pickle
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ummim.nn.layers import take
+
+UNTRAINED = "untrained"
+CONTAINERS = ("state_dict", "model", "student")
+PREFIX = "module.backbone."  # of the encoder in iBOT's and DINO's ``student``
+# Parts of pre-training checkpoints that are no part of the features: heads, decoders, tokens for masked patches.
+NOT_NEEDED = ("norm.", "fc_norm.", "head.", "decoder_", "mask_token", "masked_embed", "vis_mask_token", "pr_dwconv.")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """A frozen teacher and what it teaches.
+
+    Attributes:
+        name: timm's name of the ViT, which has the student's width, heads and grid, and a class token.
+        checkpoint: file of its weights: iBOT's, MAE's (encoder or whole), timm's or ``ummim export``'s, by torch.save
+            or safetensors. ``untrained`` takes random weights, which teach nothing: for trials.
+        layers: the features are the mean of this many last blocks' outputs.
+        top_k: attention is taught of the class token and of this many patches that it attends to most (iBOT: 9,
+            MAE: 15).
+        temperature: the teacher's attention logits are divided by it (iBOT: 1.0, MAE ViT-B: 1.8, ViT-L: 1.4).
+    """
+
+    name: str = "vit_base_patch16_224"
+    checkpoint: str = ""
+    layers: int = 2
+    top_k: int = 9
+    temperature: float = 1.0
+
+
+class Lesson(NamedTuple):
+    """What a teacher sees in whole images."""
+
+    features: Tensor  # (B, N, D) of the patches, row-major
+    queries: Tensor  # (B, k) int64: the patches that the class token attends to most
+    attention: Tensor  # (B, heads, 1 + k, N): logits of the class token's and those patches' queries over all patches
+
+
+class Teacher(nn.Module):
+    """A ViT that is never trained, and never leaves eval mode.
+
+    Its weights are buffers outside the state dict: they move with the module, but no optimizer holds them, no
+    checkpoint repeats them (they come from the recipe's file again), and under ZeRO-3 every rank has them whole
+    instead of gathering them in each step. As buffers they stay float32 under an engine that casts parameters;
+    the products run in the student's 16 bits.
+
+    Args:
+        vit: what :func:`build_vit` gives, its weights loaded.
+        layers: the features are the mean of this many last blocks' outputs.
+        top_k: patches whose attention is taught.
+    """
+
+    def __init__(self, vit: VisionTransformer, layers: int, top_k: int) -> None:
+        super().__init__()
+        self.vit, self.layers, self.top_k = vit, layers, top_k
+        for module in vit.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach(), persistent=False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Teacher":
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, dtype: torch.dtype) -> Lesson:
+        """(B, 3, H, W) normalised images -> what to learn; ``dtype`` is the student's, and that of large products."""
+        with _precision(images, dtype):
+            outputs: Any = self.vit.forward_intermediates(
+                images,
+                indices=max(2, self.layers),
+                return_prefix_tokens=True,
+                output_fmt="NLC",
+                intermediates_only=True,
+            )  # of the last blocks: patches (B, N, D), class token (B, 1, D)
+            patches, cls = outputs[-2]  # the last block's input
+            tokens = self.last.norm1(torch.cat([cls, patches], dim=1))  # (B, 1 + N, D)
+        k = self.project(tokens[:, 1:], 1, dtype).transpose(2, 3)  # (B, heads, d, N)
+        seen = self.project(tokens[:, :1], 0, dtype) @ k  # (B, heads, 1, N), the class token's
+        queries = seen.mean(1)[:, 0].topk(self.top_k).indices  # (B, k)
+        chosen = torch.cat([tokens[:, :1], take(tokens[:, 1:], queries)], dim=1)  # (B, 1 + k, D)
+        attention = self.project(chosen, 0, dtype) * self.last.attn.scale @ k  # (B, heads, 1 + k, N)
+        features = torch.stack([_exact(tokens) for tokens, _ in outputs[-self.layers :]]).mean(0)
+        return Lesson(features, queries, attention)
+
+    @property
+    def last(self) -> Any:
+        """The last block."""
+        return self.vit.blocks[-1]
+
+    def project(self, tokens: Tensor, part: int, dtype: torch.dtype) -> Tensor:
+        """(B, n, D) -> the last block's queries (part 0) or keys (1), (B, heads, n, D / heads), float32 or better."""
+        attn = self.last.attn
+        bias = None if attn.qkv.bias is None else attn.qkv.bias.chunk(3)[part]
+        with _precision(tokens, dtype):
+            x = F.linear(tokens, attn.qkv.weight.chunk(3)[part], bias)
+            x = x.unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
+            return _exact((attn.k_norm if part else attn.q_norm)(x))
+
+
+def build_vit(name: str, image_size: int) -> VisionTransformer:
+    """A timm ViT without head and final norm, with random weights.
+
+    Raises:
+        ValueError: no such model, or one whose attention of a class token cannot be read off.
+    """
+    if not timm.is_model(name):
+        raise ValueError("timm has no such model; vit_base_patch16_224 and vit_large_patch16_224 are TEC's")
+    try:
+        vit: Any = timm.create_model(name, num_classes=0, global_pool="token", img_size=image_size)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"timm cannot build it for {image_size} pixels without a head: {error}") from None
+    if not (
+        isinstance(vit, VisionTransformer)
+        and vit.has_class_token
+        and vit.num_prefix_tokens == 1
+        and len(vit.blocks) >= 2
+        and all(isinstance(block, Block) and isinstance(block.attn, Attention) for block in vit.blocks)
+    ):
+        raise ValueError("is no plain ViT with one class token, such as vit_base_patch16_224")
+    vit.norm = nn.Identity()
+    return vit
+
+
+def load_vit(vit: VisionTransformer, path: str | os.PathLike[str]) -> None:
+    """Copy a checkpoint's weights into ``vit``, all of them.
+
+    Raises:
+        ValueError: a file that is missing, unreadable or of another model; the message says which keys do not fit.
+    """
+    tensors = _encoder_tensors(_read(os.fspath(path)))
+    own = vit.state_dict()
+    problems = {
+        "missing keys": [key for key in own if key not in tensors],
+        "left-over keys": [key for key in tensors if key not in own and not key.startswith(NOT_NEEDED)],
+        "mis-shaped keys": [
+            f"{key} {tuple(tensors[key].shape)} instead of {tuple(value.shape)}"
+            for key, value in own.items()
+            if key in tensors and tensors[key].shape != value.shape
+        ],
+    }
+    told = [f"{what}: {_listed(keys)}" for what, keys in problems.items() if keys]
+    if told:
+        raise ValueError(f"holds other weights than the teacher's: {'; '.join(told)}")
+    vit.load_state_dict({key: tensors[key] for key in own})
+
+
+def _read(path: str) -> Mapping[str, Any]:
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # MAE and iBOT store their arguments
+            held = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror or error}") from None
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot be read as a checkpoint: {reason}") from None
+    if not isinstance(held, Mapping):
+        raise ValueError(f"holds a {type(held).__name__}, not a state dict")
+    return held
+
+
+def _encoder_tensors(held: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The encoder's tensors: bare or in one of the usual containers."""
+    inner = next((held[key] for key in CONTAINERS if isinstance(held.get(key), Mapping)), held)
+    if any(key.startswith(PREFIX) for key in inner):
+        inner = {key.removeprefix(PREFIX): value for key, value in inner.items() if key.startswith(PREFIX)}
+    return {key: value for key, value in inner.items() if isinstance(value, Tensor)}
+
+
+def _listed(keys: list[str]) -> str:
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+
+
+def _precision(images: Tensor, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    if dtype in (torch.bfloat16, torch.float16) and not images.is_meta:  # meta tensors have no autocast
+        return torch.autocast(images.device.type, dtype)
+    return nullcontext()
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
