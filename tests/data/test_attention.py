@@ -116,7 +116,7 @@ def test_grids_and_maps_may_differ_in_size_and_boxes_reach_beyond_the_image() ->
 def test_the_legacy_crop_takes_the_top_left_cells_wherever_the_view_lies(
     box: Box, rows: int, cols: int, tmp_path: Path
 ) -> None:
-    """Official: map[0 : (top + height) // image height + 2], and so for columns, resized to the view (SPEC Q-A1)."""
+    """Official: map[0 : (top + height) // image height + 2], and so for columns, resized to the view (Q-A1)."""
     np.save(tmp_path / "maps.npy", random_map()[None])
     sampler = AttentionSampler((14, 14), AttentionMaskConfig())
     legacy, mended = (AttentionMaps(tmp_path / "maps.npy", sampler, 224, flag) for flag in (True, False))

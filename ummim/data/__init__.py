@@ -1,9 +1,9 @@
 """Data: tar shards and their index, the order of samples, and the pipeline from bytes to masked batches."""
 
-from ummim.data.augment import Augment
+from ummim.data.augment import Augment, Box
 from ummim.data.config import DataConfig
 from ummim.data.images import decode
 from ummim.data.pipeline import Batch, Loader, build_loader, fixed_batch
 from ummim.data.shards import ShardIndex
 
-__all__ = ["Augment", "Batch", "DataConfig", "Loader", "ShardIndex", "build_loader", "decode", "fixed_batch"]
+__all__ = ["Augment", "Batch", "Box", "DataConfig", "Loader", "ShardIndex", "build_loader", "decode", "fixed_batch"]

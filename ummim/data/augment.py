@@ -1,11 +1,30 @@
-"""Random resized crop and flip, as in the MAE code: on the Pillow image, before it becomes a tensor."""
+"""Random crop and flip, as in the papers' code: on the Pillow image, before it becomes a tensor."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.tv_tensors import BoundingBoxes
 
 from ummim.data.config import DataConfig
+
+PADDING = 4  # of the padded crop, in pixels (MFF)
+
+
+class Box(NamedTuple):
+    """Where the edges of a view lie in its image, as shares of the image's width or height.
+
+    In a flipped view, ``left`` is above ``right``. A padded crop may reach beyond [0, 1].
+    """
+
+    left: float
+    top: float
+    right: float
+    bottom: float
 
 
 class Augment:
@@ -13,11 +32,16 @@ class Augment:
 
     def __init__(self, config: DataConfig) -> None:
         size = config.image_size
-        filtering = InterpolationMode(config.interpolation)
         self.random = v2.Compose(
             [
-                v2.RandomResizedCrop(size, config.crop_scale, config.crop_ratio, filtering, antialias=True),
+                *_random_crop(config),
                 v2.RandomHorizontalFlip(config.hflip),
+                v2.PILToTensor(),
+            ]
+        )
+        self.whole = v2.Compose(
+            [
+                v2.Resize((size, size), InterpolationMode.BICUBIC, antialias=True),
                 v2.PILToTensor(),
             ]
         )
@@ -31,9 +55,46 @@ class Augment:
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
         """Random crop and flip, a pure function of image and ``seed``; torch's own generator stays put."""
-        state = torch.default_generator.get_state()
-        torch.default_generator.manual_seed(seed)
-        try:
+        with _seeded(seed):
             return self.random(image)
-        finally:
-            torch.default_generator.set_state(state)
+
+    def located(self, image: Image.Image, seed: int) -> tuple[Tensor, Box]:
+        """The view that ``self(image, seed)`` is, and where it lies; resized crops only.
+
+        Two boxes take part in the transforms, the image's outline and its left edge, and tell what became of it.
+        """
+        width, height = image.size
+        corners = [[0.0, 0.0, width, height], [0.0, 0.0, 0.0, height]]
+        outline = BoundingBoxes(
+            corners, dtype=torch.float64, format="XYXY", canvas_size=(height, width), clamping_mode=None
+        )
+        with _seeded(seed):
+            view, outline = self.random(image, outline)
+        (x0, y0, x1, y1), (edge, *_) = outline.tolist()  # the image's sides in the view, in its pixels
+        size = view.shape[-1]
+        left, right = -x0 / (x1 - x0), (size - x0) / (x1 - x0)
+        if edge > (x0 + x1) / 2:  # flipped
+            left, right = 1 - left, 1 - right
+        return view, Box(left, -y0 / (y1 - y0), right, (size - y0) / (y1 - y0))
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's own generator for the block, and leave it afterwards as it was."""
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
+
+
+def _random_crop(config: DataConfig) -> list[v2.Transform]:
+    """From an image of any size to a random square of ``image_size`` pixels."""
+    size, filtering = config.image_size, InterpolationMode(config.interpolation)
+    if config.crop == "padded":
+        return [
+            v2.Resize(size, filtering, antialias=True),
+            v2.RandomCrop(size, padding=PADDING, padding_mode="reflect"),
+        ]
+    return [v2.RandomResizedCrop(size, config.crop_scale, config.crop_ratio, filtering, antialias=True)]

@@ -14,9 +14,12 @@ class DataConfig:
         shards: folder of tar shards with their index, as ``python -m data_prep build`` makes it.
         workers: worker processes per rank that read, decode, augment and mask; 0 does it in the trainer.
         image_size: side of the square training crop, in pixels.
-        crop_scale: area of the random crop as a share of the image's, (smallest, largest). MAE: (0.2, 1.0).
-        crop_ratio: aspect ratio (width / height) of the random crop, (smallest, largest).
-        interpolation: filter that resizes the crop; always antialiased. MAE: bicubic.
+        crop: ``resized`` takes a crop of random area and shape and resizes it (MAE and most others); ``padded``
+            resizes the shorter side to ``image_size``, pads the image by 4 reflected pixels on every side and takes
+            a crop of that size anywhere (MFF), so that objects keep their scale.
+        crop_scale: area of the resized crop as a share of the image's, (smallest, largest). MAE: (0.2, 1.0).
+        crop_ratio: aspect ratio (width / height) of the resized crop, (smallest, largest).
+        interpolation: filter of the resizing; always antialiased. MAE: bicubic.
         hflip: probability of a horizontal flip.
         streams: shards of an epoch are dealt to this many streams, and a global batch takes samples from them
             in turn. Part of the order, not of the hardware: it decides which samples meet in a batch.
@@ -27,6 +30,7 @@ class DataConfig:
     shards: str
     workers: int = 8
     image_size: int = 224
+    crop: Literal["resized", "padded"] = "resized"
     crop_scale: tuple[float, float] = (0.2, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"

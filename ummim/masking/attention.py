@@ -1,6 +1,6 @@
 """Attention-driven masking and throwing (AMT): the more attention a token got, the likelier it is masked, then thrown.
 
-Source: "Good Helper Is Around You: Attention-Driven Masked Image Modeling" (AMT), section 3, and SPEC 9.
+Source: "Good Helper Is Around You: Attention-Driven Masked Image Modeling" (AMT), section 3, and its official code.
 """
 
 from collections.abc import Sequence

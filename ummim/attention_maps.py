@@ -1,0 +1,147 @@
+"""Training on masks that follow the encoder's attention (AMT): refresh the maps, and read batches by them in between.
+
+A run's ``attention`` folder has a file for each refresh, named after the epochs done, such as epoch-0040.npy: a
+(samples, h, w) float16 array with a row for every row of the index's table. For ImageNet-1K on a 14x14 grid that is
+half a gigabyte. They are kept, for a run that goes back to an earlier checkpoint needs that checkpoint's file.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ummim.data import Batch, Loader, ShardIndex, build_loader
+from ummim.data.attention import AttentionMaps
+from ummim.data.normalise import normalise
+from ummim.data.order import Pick
+from ummim.data.pipeline import Samples
+from ummim.engine.faults import on_main
+from ummim.engine.zero import World
+from ummim.errors import CheckpointError
+from ummim.masking import AttentionSampler
+from ummim.methods.amt import AMT
+from ummim.methods.api import Method
+from ummim.recipe import Recipe
+from ummim.run_plan import RunPlan
+
+FOLDER = "attention"
+DTYPE = np.dtype("<f2")
+
+log = logging.getLogger(__name__)
+
+
+def attention_batches(
+    method: Method, index: ShardIndex, recipe: Recipe, plan: RunPlan, world: World, done: int
+) -> Iterator[Batch]:
+    """This rank's micro-batches from optimizer step ``done`` on, like ``build_loader``'s, with a refresh of all maps
+    whenever ``refresh_epochs`` more epochs are done: then every rank computes before it gets its next batch.
+
+    A refresh always computes anew, also where a run goes on from just that step; a run that goes on between two
+    refreshes needs the file of the last one.
+
+    Raises:
+        CheckpointError: that file is gone, or is of other data.
+    """
+    config = recipe.method.attention
+    assert config is not None and isinstance(method, AMT)
+    sampler = AttentionSampler(method.grid, config)
+    sampler.warm_up()
+    every = config.refresh_epochs * plan.steps_per_epoch
+    while done < plan.stop_step:
+        begun = done // every * every  # the step of the last refresh; 0: there was none
+        maps = None
+        if begun:
+            path = Path(recipe.output) / FOLDER / f"epoch-{begun // plan.steps_per_epoch:04d}.npy"
+            if begun == done:
+                refresh(method, index, recipe, plan.micro_batch, world, path)
+            on_main(partial(check_maps, path, (len(index), *method.grid)), world)
+            maps = AttentionMaps(path, sampler, recipe.data.image_size, config.legacy_crop)
+        stop = min(begun + every, plan.stop_step)
+        loader = build_loader(
+            index, recipe.data, recipe.sampler(), recipe.seed, replace(plan, stop_step=stop), world.rank, world.size,
+            done, maps,
+        )  # fmt: skip
+        loader.pin_memory = world.device.type == "cuda"
+        yield from loader
+        done = stop
+
+
+def check_maps(path: Path, shape: tuple[int, ...]) -> None:
+    """Raise CheckpointError unless ``path`` holds maps of this shape."""
+    try:
+        maps = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise CheckpointError(
+            f"{path}: {reason}: the masks of these epochs are drawn from it. Restore the file (if the checkpoint is "
+            "another run's, copy it from there), or resume from a checkpoint at the end of the epoch in its name"
+        ) from None
+    if maps.shape != shape or maps.dtype != DTYPE:
+        raise CheckpointError(
+            f"{path} holds {maps.dtype} of shape {maps.shape}, not {DTYPE} of {shape}: it belongs to other data or "
+            "another model; restore this run's file"
+        )
+
+
+@torch.no_grad()
+def refresh(method: AMT, index: ShardIndex, recipe: Recipe, batch: int, world: World, path: Path) -> None:
+    """Compute the attention map of every image, ``batch`` at a time on each rank, and write them to ``path``.
+
+    Every rank must call it: all make the same number of forward passes, which ZeRO-3 needs, and rank 0 writes what
+    they have computed. The file appears when it is whole; one that was there is replaced.
+    """
+    began = time.monotonic()
+    samples = Samples(index, recipe.data, recipe.sampler(), recipe.seed, view="whole")
+    loader = Loader(samples, RowBatches(len(index), batch, world.rank, world.size), recipe.data.workers)
+    loader.pin_memory = world.device.type == "cuda"
+    unfinished = path.with_name(f".{path.name}.partial")
+    on_main(lambda: _reserve(unfinished, (len(index), *method.grid)), world)
+    table = np.load(unfinished, mmap_mode="r+") if world.is_main else None  # (samples, h, w)
+    row, training = 0, method.training
+    method.eval()
+    with closing(iter(loader)) as batches:  # type: ignore[type-var]
+        for each in batches:
+            maps = method.attention_map(normalise(each.images.to(world.device, non_blocking=True)))  # (B, h, w)
+            every = [torch.empty_like(maps) for _ in range(world.size)] if world.is_main else None
+            dist.gather(maps, every)
+            if every is not None and table is not None:
+                table[row : row + world.size * batch] = torch.cat(every)[: len(table) - row].cpu().numpy()
+                row += world.size * batch
+    method.train(training)
+    if table is not None:
+        table.flush()
+    on_main(lambda: unfinished.replace(path), world)  # the others wait until it is there
+    if world.is_main:
+        log.warning("%s: attention maps of %d images, in %.0f s", path, len(index), time.monotonic() - began)
+
+
+class RowBatches:
+    """The rows of a table, batch by batch and rank after rank; the last row again until all ranks have as many."""
+
+    def __init__(self, rows: int, batch: int, rank: int, world_size: int) -> None:
+        self.rows, self.batch, self.rank, self.world_size = rows, batch, rank, world_size
+
+    def __len__(self) -> int:
+        return ceil(self.rows / (self.batch * self.world_size))
+
+    def __iter__(self) -> Iterator[list[Pick]]:
+        for i in range(len(self)):
+            first = (i * self.world_size + self.rank) * self.batch
+            yield [Pick(0, min(row, self.rows - 1), 0) for row in range(first, first + self.batch)]
+
+
+def _reserve(path: Path, shape: tuple[int, ...]) -> None:
+    """An empty .npy file of this shape. Its space is taken now: a full disk is an error here, and a crash later."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.lib.format.open_memmap(path, "w+", DTYPE, shape).flush()
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
