@@ -1,4 +1,4 @@
-"""Parameter groups and the learning rate, against SPEC-style formulas."""
+"""Parameter groups and the learning rate, against the papers' formulas."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Weights, images, noise and masks by formula, for which the official code's results are known (SPEC 16)."""
+"""Weights, images, noise and masks by formula, for which the official code's results are known (docs/fidelity.md)."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Official fine-tuned checkpoints: numbers of the official code (SPEC 16), keys, sizes, and what is refused."""
+"""Official fine-tuned checkpoints: the official code's numbers (docs/fidelity.md), keys, sizes, refusals."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Full-size models in float64 against the numbers of the official code (SPEC 16).
+"""Full-size models in float64 against the numbers of the official code (docs/fidelity.md).
 
 The PR-MIM rows and the mended order are not official: they come from a reference that others wrote.
 """

@@ -1,6 +1,6 @@
-"""GreenMIM in the official format, and a full-size one in float64 against the official code's numbers (SPEC 16).
+"""GreenMIM in the official format, and a full-size one in float64 against the official code's numbers.
 
-The official decoder puts visible features back in the order of the noise (SPEC 12, Q-G6). We do not, so the test does.
+The official decoder puts visible features back in the order of the noise (Q-G6). We do not, so the test does.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""SimMIM in the official formats, and full-size ones in float64 against the official code's numbers (SPEC 16)."""
+"""SimMIM in the official formats, and full-size ones in float64 against the official code's numbers."""
 
 from typing import Any
 

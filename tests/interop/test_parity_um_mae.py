@@ -1,4 +1,4 @@
-"""UM-MAE on ViT-B and PVT-S, full size, in float64, against the numbers of the official code (SPEC 16).
+"""UM-MAE on ViT-B and PVT-S, full size, in float64, against the official code's numbers.
 
 Swin-T's are in test_official_parity.py. The mended order of PVT is not official: it comes from another's reference.
 """

@@ -63,7 +63,7 @@ def test_sizes_that_do_not_fit_name_the_key(
 
 
 def test_parameter_counts_are_the_official_ones() -> None:
-    """SPEC 2 and 4.4: all tensors of the state dict, the fixed tables included."""
+    """All tensors of the state dict, the fixed tables included."""
     with torch.device("meta"):
         models = [
             mae.Config().build(224, PartialConfig(), False),

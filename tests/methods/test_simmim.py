@@ -138,7 +138,7 @@ def test_epsilon_counts_where_single_precision_can_hold_it() -> None:
 
 
 def test_masked_units_are_counted_upwards() -> None:
-    """Ceil of 60%: 30 of 49 units of 2x2 tokens at 224 pixels, 22 of 36 at 192 (SimMIM, SPEC 3.1)."""
+    """Ceil of 60%: 30 of 49 units of 2x2 tokens at 224 pixels, 22 of 36 at 192 (SimMIM, section 4.1)."""
     for grid, mask, masked in (((14, 14), MaskConfig(ratio=0.6, unit=2), 120), ((6, 6), MaskConfig(ratio=0.6), 22)):
         sample = PlanSampler(grid, mask)(0)
         assert len(sample.kept) == masked

@@ -84,7 +84,7 @@ def test_masked_pixels_never_reach_the_encoder() -> None:
 
 
 def test_parameter_counts_are_the_official_ones() -> None:
-    """SPEC 4.5: all tensors of the state dict, and the trained ones."""
+    """All tensors of the state dict, and the trained ones."""
     with torch.device("meta"):
         model = UMMAE(256, Config(PVTConfig()))
     assert sum(tensor.numel() for tensor in model.state_dict().values()) == 28_915_776

@@ -37,9 +37,9 @@ class Config(MethodConfig):
     The mask grid is the ViT's patches, Swin's 32-pixel units, or the 16-pixel patches of UM-MAE's encoders. SimMIM
     masks ViT patches in 32-pixel units as well: ``mask.unit`` 2 at 16-pixel patches.
 
-    Weight decay (SPEC 12, Q-S1 and Q-S2): as in every recipe here, one-dimensional parameters and biases are spared
-    and all else is decayed. The official pre-training decays relative position tables too, against its intent, and
-    the ViT's mask token; it spares Swin's mask token and the ViT's class token, which are decayed here.
+    Weight decay (docs/fidelity.md, Q-S1 and Q-S2): as in every recipe here, one-dimensional parameters and biases are
+    spared and all else is decayed. The official pre-training decays relative position tables too, against its
+    intent, and the ViT's mask token; it spares Swin's mask token and the ViT's class token, which are decayed here.
 
     Attributes:
         encoder: the encoder, by its ``kind``: ``relative_vit`` and ``swin`` are SimMIM's, ``um_swin`` and ``pvt``

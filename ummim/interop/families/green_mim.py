@@ -1,4 +1,4 @@
-"""LayneH/GreenMIM: GreenMIM on Swin. The decoder's order is the mended one (SPEC 12, Q-G6)."""
+"""LayneH/GreenMIM: GreenMIM on Swin. The decoder's order is the mended one (docs/fidelity.md, Q-G6)."""
 
 import re
 from collections.abc import Mapping
