@@ -49,7 +49,7 @@ def pretrain(recipe: Recipe) -> int:
 
     from ummim.attention_maps import attention_batches
     from ummim.data import Batch, ShardIndex, build_loader, fixed_batch
-    from ummim.engine.faults import on_main
+    from ummim.engine.faults import on_every_rank, on_main
     from ummim.engine.resume import lock
     from ummim.engine.trainer import train
     from ummim.engine.zero import deepspeed_config, setup_distributed, shutdown
@@ -72,7 +72,8 @@ def pretrain(recipe: Recipe) -> int:
     sampler = recipe.sampler()
     sampler.warm_up()
     torch.manual_seed(recipe.seed)  # the same weights on every rank
-    method = recipe.method.build(recipe.data.image_size, recipe.partial, recipe.throw_ratio > 0)
+    size, throwing = recipe.data.image_size, recipe.throw_ratio > 0
+    method = on_every_rank(lambda: recipe.method.build(size, recipe.partial, throwing), world)  # may read a teacher
     if recipe.compile:
         method.compile(dynamic=False)
     fixed = fixed_batch(index, recipe.data, sampler, recipe.seed, recipe.figure_images).to(world.device)

@@ -42,8 +42,16 @@ def picture(path: Path, size: tuple[int, int] = (90, 70)) -> Path:
 
 def test_recipes_lists_every_packaged_one(capsys: pytest.CaptureFixture[str]):
     assert main(["recipes"]) == 0
-    printed = capsys.readouterr().out
-    assert [line.split()[0] for line in printed.splitlines()] == packaged_recipes()
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows[: len(packaged_recipes())]] == packaged_recipes()
+    for name, parts in {
+        "pr_mae_vit_large_800e": ["mae", "ViT-L/16", "800", "50%", "85.4", "17.92", "87%", "PR-MIM, table 3"],
+        "um_mae_pvt_small_200e": ["um_mae", "PVT-S", "200", "79.31", "3.15", "UM-MAE, repository"],
+        "um_mae_swin_base_200e": ["um_mae", "Swin-B", "200", "6.92"],  # published nowhere
+    }.items():
+        row = next(row for row in rows if row.startswith(f"{name} "))
+        assert row.split() == [name, *" ".join(parts).split()]
+        assert row.index(f" {parts[0]} ") + 1 == header.index("method")
 
 
 def test_show_prints_a_recipe_that_loads(capsys: pytest.CaptureFixture[str], tmp_path: Path):
@@ -87,6 +95,25 @@ def test_reconstruct_draws_a_row_per_image(run: Path, tmp_path: Path):
         assert sheet.mode == "RGB"
         assert sheet.width > 5 * 64
         assert sheet.height > 2 * 64
+
+
+def test_reconstruct_compares_checkpoints_side_by_side(write_recipe, tmp_path: Path):
+    runs = [make_run(write_recipe(TINY_MAE), tmp_path / "full")]
+    runs.append(
+        make_run(write_recipe(TINY_MAE + "throw_ratio: 0.5\npartial: {aggregation: none}\n"), tmp_path / "plain")
+    )
+    arguments = ["reconstruct", str(runs[0]), str(picture(tmp_path / "a.png")), "--out", str(tmp_path / "out.png")]
+    assert main([*arguments, "--compare", str(runs[1]), str(runs[0])]) == 0
+    with Image.open(tmp_path / "out.png") as sheet:
+        assert sheet.width == 6 + 7 * (160 + 6)  # the original, and plan and prediction of three
+
+
+def test_reconstruct_refuses_to_compare_other_sizes(write_recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    runs = [make_run(write_recipe(TINY_MAE), tmp_path / "a")]
+    runs.append(make_run(write_recipe(TINY_MAE.replace("image_size: 32", "image_size: 64")), tmp_path / "b"))
+    arguments = ["reconstruct", str(runs[0]), str(picture(tmp_path / "a.png")), "--out", str(tmp_path / "out.png")]
+    assert main([*arguments, "--compare", str(runs[1])]) == 2
+    assert "64 pixels" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from ummim.recipe_file import packaged_recipes
 METHODS = sorted(module.name for module in pkgutil.iter_modules(ummim.methods.__path__) if module.name != "api")
 CONFIGS = [importlib.import_module(f"ummim.methods.{name}").Config for name in METHODS]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-RECIPE_NAME = re.compile(r"`((?:[a-z]+_)+\d+e|quickstart)`")
+RECIPE_NAME = re.compile(r"`((?:[a-z]+_)+\d+e(?:_r\d+)?|quickstart)`")
 AWAITED = {"results/um_mae_decoder_order.md"}  # still being written
 
 

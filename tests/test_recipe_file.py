@@ -114,6 +114,57 @@ def test_bad_override_is_refused_with_key_value_and_remedy(override: str, parts:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "override", "message"),
+    [
+        ("mae_vit_base_800e", "method.encoder.kind=swin", r"kind = 'swin': expected one of \['vit'\]"),
+        ("simmim_vit_base_100e", "method.encoder.kind=vit", "no such encoder; use relative_vit or swin or um_"),
+        ("simmim_vit_base_100e", "method.encoder.kind=[1]", r"kind = \[1\]: the method has no such encoder"),
+        ("simmim_vit_base_100e", "method.encoder.kind=null", "kind = None: the method has no such encoder"),
+        ("simmim_vit_base_100e", "method.encoder=pvt", "method.encoder = 'pvt': is a section"),
+        ("simmim_swin_tiny_200e", "method.encoder.kind=pvt", "encoder.embed_dim = 96: unknown key of pvt"),
+        ("mae_vit_base_800e", "method.encoder.patch_size=0", "patch_size = 0: must be at least 1"),
+        ("mae_vit_base_800e", "data.image_size=225", "no multiple of the patch size 16; use 224, say"),
+        ("mae_vit_base_800e", "method.encoder.depth=0", "method.encoder.depth = 0: must be at least 1"),
+        ("mae_vit_base_800e", "method.decoder.depth=-1", "method.decoder.depth = -1: must be at least 1"),
+        ("mae_vit_base_800e", "method.encoder.mlp_ratio=-4", "method.encoder.mlp_ratio = -4"),
+        ("simmim_swin_tiny_200e", "method.encoder.depths=[2,2,0,2]", r"depths = \[2, 2, 0, 2\]: must be at least 1"),
+        ("green_mim_swin_base_200e", "method.encoder.window_size=5", "of stage 1; choose a divisor of 56"),
+        ("green_mim_swin_base_200e", "method.encoder.drop_path=1.5", "drop_path = 1.5: is a chance"),
+        ("green_mim_swin_base_200e", "compile=true", "compile = True: .*set it to false"),
+        ("local_mim_vit_base_100e", "method.taps=[0,1,2]", r"taps = \[0, 1, 2\]: expected a tuple with 4 elements$"),
+        ("local_mim_vit_base_100e", "method.taps=[0,1,2,12]", "the encoder's 12 blocks: give others, from 0 to 11"),
+        ("local_mim_vit_base_100e", "max_steps=fast", "command line: max_steps = 'fast': expected an int$"),
+    ],
+)
+def test_sizes_and_kinds_that_a_method_cannot_have_are_refused(recipe: str, override: str, message: str):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipe, [override])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("green_mim_swin_base_200e", ["mask.shared_by=300"], "= 300: must divide global_batch = 4096; use 256"),
+        ("green_mim_swin_base_200e", ["mask.shared_by=8192"], "must divide global_batch = 4096; use 4096"),
+        ("green_mim_swin_base_200e", ["mask.shared_by=0"], "shared_by = 0: must divide global_batch = 4096; use 1"),
+        ("green_mim_swin_base_200e", ["mask.shared_by=1"], "shared_by = 1: green_mim computes one mask for a whole"),
+        ("mae_vit_base_800e", ["mask.shared_by=3"], "mask.shared_by = 3: must divide"),
+        ("simmim_vit_base_100e", ["mask.unit=3"], "unit = 3: units of 3 tokens .* grid 14x14; choose a smaller one"),
+        ("simmim_vit_base_100e", ["mask.unit=0"], "mask.unit = 0: units of 0 tokens"),
+        ("simmim_vit_base_100e", ["mask.unit=14"], "mask.unit = 14: ratio 0.6 leaves 0 of 196 tokens"),
+        ("um_mae_swin_tiny_200e", ["mask.unit=2"], "mask.unit = 2: units of 2 tokens do not tile a uniform mask"),
+        ("um_mae_swin_tiny_200e", ["mask.secondary_ratio=0.999"], "secondary_ratio = 0.999: .*choose a smaller one"),
+        ("um_mae_vit_base_200e", ["data.image_size=240"], "mask.kind = 'uniform': .* even grid .*another data.im"),
+        ("mae_vit_base_800e", ["data.image_size=16"], "mask.ratio = 0.75: .*a larger data.image_size"),
+        ("amt_simmim_vit_base_200e", ["mask.kind=uniform", "mask.ratio=0.75"], "amt cannot train under a uniform mask"),
+    ],
+)
+def test_masks_that_the_token_grid_cannot_hold_name_the_key_at_fault(recipe: str, overrides: list[str], message: str):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipe, overrides)
+
+
 def test_secondary_masking_is_refused_where_no_token_exists_for_it():
     with pytest.raises(RecipeError, match=r"mask.secondary_ratio = 0.25: mae has no token"):
         load_recipe("mae_vit_base_800e", ["mask.secondary_ratio=0.25"])
@@ -154,6 +205,13 @@ def test_mistyped_recipe_name_gets_the_nearest_one():
         load_recipe("quikstart")
     with pytest.raises(RecipeError, match="no such recipe file"):
         load_recipe("missing.yaml")
+
+
+def test_key_that_went_with_the_bases_method_is_not_blamed_on_the_base(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: local_mim_vit_base_1600e\nmethod: {name: local_mim, encoder: {depth: 4}}\n")
+    with pytest.raises(RecipeError, match=f"^{path}: method.taps: .* the default, are not four ascending indices"):
+        load_recipe(str(path))
 
 
 def test_error_names_the_file_that_set_the_key(tmp_path: Path):

@@ -155,6 +155,24 @@ def test_dry_run_needs_neither_gpu_nor_imagenet(name: str, capsys: pytest.Captur
         assert row in printed
 
 
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("simmim_vit_base_800e", "2e-06 to 4.000e-04 over 6,250 steps, then times 0.1 after epochs 700 (base 0.0001"),
+        ("mae_vit_base_800e", "0 to 2.400e-03 over 12,480 steps, then a cosine to 0 (base 0.00015 per 256 images)"),
+        ("simmim_vit_base_800e", "weight decay 0.05, gradients clipped to norm 5"),
+        ("amt_mae_vit_base_400e", "epoch 40 on    30 visible, 88 kept, 78 thrown, by attention"),
+        ("green_mim_swin_base_200e", "random mask, one for 512 images"),
+        ("tec_vit_base_300e", "file           teachers/ibot_vit_base_patch16.pth: not at hand; training needs it"),
+    ],
+)
+def test_dry_run_says_what_is_particular_to_a_recipe(name: str, row: str, capsys: pytest.CaptureFixture[str]):
+    from train import main
+
+    assert main([name, "--dry-run", "--world-size", "8", "data.shards=/nowhere"]) == 0
+    assert row in capsys.readouterr().out
+
+
 def test_dry_run_reads_the_data_that_is_there_and_trains_nothing(shards: Path, write_recipe: Any, tmp_path: Path,
                                                                  capsys: pytest.CaptureFixture[str]):  # fmt: skip
     from train import main
@@ -180,6 +198,22 @@ def test_users_mistake_is_one_message_and_exit_code_two(arguments: list[str], pa
     assert len(lines) == 1
     for part in parts:
         assert part in lines[0]
+
+
+def test_a_teacher_that_does_not_exist_is_told_once_on_two_ranks(shards: Path, tmp_path: Path):
+    recipe = tmp_path / "tec.yaml"
+    method = (
+        "method: {name: tec, encoder: {embed_dim: 64, depth: 3, num_heads: 2}, teacher: {name: test_vit, top_k: 3}}\n"
+    )
+    recipe.write_text(TINY_MAE[: TINY_MAE.index("method:")] + method + TINY_MAE[TINY_MAE.index("epochs:") :])
+    overrides = (f"data.shards={shards}", f"output={tmp_path / 'run'}", "method.teacher.checkpoint=/nowhere/ibot.pth")
+    result = run(BIN / "torchrun", "--standalone", "--nproc_per_node", "2", "train.py", recipe, *overrides)
+    told = [line for line in result.stderr.splitlines() if "ibot.pth" in line]
+    assert told == [
+        "ummim: error: method.teacher.checkpoint = '/nowhere/ibot.pth': cannot be read: No such file or directory; "
+        "name the file of the teacher's weights, or untrained for a trial"
+    ]
+    assert "exitcode  : 2" in result.stderr
 
 
 @pytest.mark.parametrize(

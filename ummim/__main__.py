@@ -21,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ummim", description="Masked image modelling pre-training.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    recipes = commands.add_parser("recipes", help="list the packaged recipes")
+    recipes = commands.add_parser("recipes", help="list the packaged recipes, with published accuracy and cost")
     recipes.set_defaults(run=_recipes)
 
     show = commands.add_parser("show", help="print a recipe, fully resolved")
@@ -51,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("checkpoint", type=Path, help="a run's folder, or one of its checkpoints/step-N")
     reconstruct.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     reconstruct.add_argument("--out", type=Path, required=True, metavar="PNG")
+    reconstruct.add_argument(
+        "--compare", type=Path, nargs="+", default=[], metavar="CHECKPOINT", help="other checkpoints, drawn beside it"
+    )
     reconstruct.add_argument("--seed", type=int, default=0, help="of the masks (default 0)")
     reconstruct.set_defaults(run=_reconstruct)
     return parser
@@ -60,12 +63,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _recipes(options: argparse.Namespace) -> None:
-    from ummim.recipe_file import load_recipe, packaged_recipes
+    from ummim.recipe_list import recipe_table
 
-    recipes = [load_recipe(name) for name in packaged_recipes()]
-    width = max(len(recipe.name) for recipe in recipes)
-    for recipe in recipes:
-        print(f"{recipe.name:<{width}}  {recipe.description}")
+    print(recipe_table())
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -94,10 +94,15 @@ def _export(options: argparse.Namespace) -> None:
 
 def _reconstruct(options: argparse.Namespace) -> None:
     from ummim.interop.run import load_run
-    from ummim.reconstruct import reconstruct_files
+    from ummim.reconstruct import compare_files, reconstruct_files
 
     recipe, method, checkpoint = load_run(options.checkpoint)
-    reconstruct_files(recipe, method, options.images, options.out, options.seed, title=str(checkpoint))
+    if options.compare:
+        others = [load_run(path) for path in options.compare]
+        models = [(recipe.name, recipe, method) for recipe, method, _ in ((recipe, method, checkpoint), *others)]
+        compare_files(models, options.images, options.out, options.seed)
+    else:
+        reconstruct_files(recipe, method, options.images, options.out, options.seed, title=str(checkpoint))
     print(f"{checkpoint} -> {options.out}")
 
 

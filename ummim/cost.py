@@ -31,7 +31,7 @@ class Cost:
     """Costs of one image; the field names are the keys of ``ummim cost --json``.
 
     Attributes:
-        parameters: all weights, frozen ones (a teacher's) among them; fixed tables are buffers and not counted.
+        parameters: all weights; fixed tables and TEC's frozen teacher are buffers and not counted.
         trainable_parameters: those with a gradient.
         forward_flops: of one forward pass with the loss. A multiply-add counts as 2; matrix products and
             convolutions are counted, element-wise work is not.
@@ -41,6 +41,9 @@ class Cost:
             the recipe's activation checkpointing only what lies outside the blocks and each block's input.
         activation_bytes_fused: without activation checkpointing, with fused attention.
         activation_bytes_materialised: without activation checkpointing, with attention weights kept in memory.
+        frozen_parameters: weights that run but are never trained, a teacher's, on top of ``parameters``.
+        frozen_bytes: memory that they take on every GPU, whole whatever the ZeRO stage.
+        frozen_flops: their part of ``forward_flops`` and, having no backward pass, of ``training_flops``.
     """
 
     parameters: int
@@ -50,6 +53,9 @@ class Cost:
     activation_bytes: int
     activation_bytes_fused: int
     activation_bytes_materialised: int
+    frozen_parameters: int
+    frozen_bytes: int
+    frozen_flops: int
 
 
 def full_reconstruction(recipe: Recipe) -> Recipe:
@@ -62,15 +68,28 @@ def cost(recipe: Recipe, attention: bool = True) -> Cost:
     method = build_on_meta(recipe)
     inputs = meta_inputs(recipe, attention)
     forward, training = count_flops(method, *inputs)
+    teacher = frozen_flops(method, *inputs)
     fused = saved_bytes(method, *inputs, fused_attention)
     materialised = saved_bytes(method, *inputs, plain_attention)
     kept = fused
     if recipe.activation_checkpointing != "none":
         apply_activation_checkpointing(method.blocks(), "torch")  # every kind keeps each block's input
         kept = saved_bytes(method, *inputs, fused_attention)
-    per_image = (round(total / batch_of(recipe)) for total in (forward, training, kept, fused, materialised))
-    weights = [(p.numel(), p.requires_grad) for p in method.parameters()]
-    return Cost(sum(n for n, _ in weights), sum(n for n, trained in weights if trained), *per_image)
+    frozen = method.frozen()
+    weights = [] if frozen is None else list(frozen.buffers())
+    batch = batch_of(recipe)
+    return Cost(
+        parameters=sum(p.numel() for p in method.parameters()),
+        trainable_parameters=sum(p.numel() for p in method.parameters() if p.requires_grad),
+        forward_flops=round(forward / batch),
+        training_flops=round(training / batch),
+        activation_bytes=round(kept / batch),
+        activation_bytes_fused=round(fused / batch),
+        activation_bytes_materialised=round(materialised / batch),
+        frozen_parameters=sum(weight.numel() for weight in weights),
+        frozen_bytes=sum(weight.nbytes for weight in weights),
+        frozen_flops=round(teacher / batch),
+    )
 
 
 def report(recipe: Recipe) -> dict[str, Any]:
@@ -106,6 +125,12 @@ def table(values: dict[str, Any]) -> str:
         ("  nothing recomputed, fused attention, MiB", "activation_bytes_fused", mib),
         ("  nothing recomputed, materialised attention, MiB", "activation_bytes_materialised", mib),
     ]
+    if values["frozen_parameters"]:
+        rows += [
+            ("frozen teacher's parameters, M", "frozen_parameters", 1e6),
+            ("  its weights on every GPU, MiB", "frozen_bytes", mib),
+            ("  its part of the forward pass, GFLOPs", "frozen_flops", 1e9),
+        ]
     width = max(len(label) for label, _, _ in rows)
     lines = [
         f"{values['recipe']}: per image of {values['image_size']} pixels, {values['precision']}, batches of "
@@ -162,6 +187,17 @@ def count_flops(method: Method, images: Tensor, plan: MaskPlan) -> tuple[int, in
         loss.backward()
     method.zero_grad()
     return forward, counter.get_total_flops()
+
+
+def frozen_flops(method: Method, images: Tensor, plan: MaskPlan) -> int:
+    """FLOPs of the part of a batch's forward pass that is never trained."""
+    frozen = method.frozen()
+    if frozen is None:
+        return 0
+    name = next(name for name, module in method.named_modules() if module is frozen)
+    with torch.no_grad(), SwapAttention(plain_attention), FlopCounterMode(display=False) as counter:
+        method(images, plan)
+    return sum(counter.get_flop_counts()[f"{type(method).__name__}.{name}"].values())
 
 
 def _convolution_backward_flops(

@@ -8,6 +8,7 @@ from torch import nn
 from ummim.capacity import GIB, zero_state_bytes
 from ummim.data import ShardIndex
 from ummim.engine.zero import deepspeed_config
+from ummim.masking import AttentionSampler
 from ummim.methods.api import Method
 from ummim.recipe import Recipe
 from ummim.run_plan import RunPlan
@@ -32,6 +33,7 @@ def dry_run(recipe: Recipe, world_size: int) -> str:
         ("recipe", f"{recipe.name}: {recipe.description}"),
         ("output", recipe.output),
         ("data", data),
+        *_file_rows(recipe),
         *_model_rows(recipe, method),
         *_schedule_rows(recipe, plan),
         *_memory_rows(recipe, sum(p.numel() for p in method.parameters()), world_size),
@@ -51,6 +53,13 @@ def _data(recipe: Recipe) -> tuple[int, str]:
     return len(index), f"{recipe.data.shards}: {len(index):,} images, digest {index.digest[:12]}"
 
 
+def _file_rows(recipe: Recipe) -> list[tuple[str, str]]:
+    return [
+        ("file", f"{path}: {'at hand' if Path(path).is_file() else 'not at hand; training needs it'} ({key})")
+        for key, path in recipe.method.files().items()
+    ]
+
+
 def _model_rows(recipe: Recipe, method: Method) -> list[tuple[str, str]]:
     def count(module: nn.Module) -> str:
         return f"{sum(p.numel() for p in module.parameters()):,}"
@@ -59,12 +68,23 @@ def _model_rows(recipe: Recipe, method: Method) -> list[tuple[str, str]]:
     h, w = sampler.grid
     tokens = (
         f"{h}x{w} grid of {h * w}: {sampler.visible_count} visible ({sampler.secondary_count} of them secondary), "
-        f"{sampler.kept_count} kept, {sampler.thrown_count} thrown"
+        f"{sampler.kept_count} kept, {sampler.thrown_count} thrown; {recipe.mask.kind} mask"
     )
-    return [
+    if recipe.mask.shared_by > 1:
+        tokens += f", one for {recipe.mask.shared_by} images"
+    rows = [
         ("parameters", f"{count(method)} trained, {count(method.encoder)} of them in the encoder"),
-        ("tokens", f"{tokens}; {recipe.mask.kind} mask"),
+        ("tokens", tokens),
     ]
+    if recipe.method.attention is not None:
+        later = AttentionSampler(sampler.grid, recipe.method.attention)
+        rows.append(
+            (
+                f"epoch {recipe.method.attention.refresh_epochs} on",
+                f"{later.visible_count} visible, {later.kept_count} kept, {later.thrown_count} thrown, by attention",
+            )
+        )
+    return rows
 
 
 def _schedule_rows(recipe: Recipe, plan: RunPlan) -> list[tuple[str, str]]:
@@ -73,11 +93,16 @@ def _schedule_rows(recipe: Recipe, plan: RunPlan) -> list[tuple[str, str]]:
         f"x {plan.world_size} ranks"
     )
     steps = f"{plan.stop_step:,} of {plan.total_steps:,} ({recipe.epochs} epochs of {plan.steps_per_epoch:,})"
+    optim = recipe.optim
+    start = optim.warmup_lr * plan.lr / optim.base_lr
+    steps_down = f"times {optim.decay_rate:g} after epochs {', '.join(f'{epoch:g}' for epoch in optim.decay_epochs)}"
+    after = f"a cosine to {optim.min_lr:g}" if optim.schedule == "cosine" else steps_down
     rate = (
-        f"0 to {plan.lr:.3e} over {plan.warmup_steps:,} steps, then a cosine to {recipe.optim.min_lr:g} "
-        f"(base {recipe.optim.base_lr:g} per {recipe.optim.reference_batch} images)"
+        f"{start:.3g} to {plan.lr:.3e} over {plan.warmup_steps:,} steps, then {after} "
+        f"(base {optim.base_lr:g} per {optim.reference_batch} images)"
     )
-    optimizer = f"AdamW, betas {recipe.optim.betas}, weight decay {recipe.optim.weight_decay}"
+    clipping = f", gradients clipped to norm {optim.clip_grad:g}" if optim.clip_grad else ""
+    optimizer = f"AdamW, betas {optim.betas}, weight decay {optim.weight_decay}{clipping}"
     return [("batch", batch), ("steps", steps), ("learning rate", rate), ("optimizer", optimizer)]
 
 

@@ -39,6 +39,8 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(recipe)
     values, origin = _read(path, ())
+    if overrides:
+        values.pop("published", None)
     for override in overrides:
         _override(values, origin, override)
     return build_recipe(values, origin, path)
@@ -128,12 +130,14 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
     beside = path.parent / f"{base}.yaml"
     parent = beside if beside.is_file() else find_recipe(str(base))
     merged, origin = _read(parent, (*chain, path.resolve()))
-    for key in ("name", "description"):
+    for key in ("name", "description", "published"):
         merged.pop(key, None)
     if isinstance(values.get("method"), dict) and "name" in values["method"]:
         merged.pop("method", None)  # another method's sizes mean nothing to this one
-    origin.update({key: str(path) for key, _ in _flatten(values)})
-    return _merge(merged, values), origin
+    merged = _merge(merged, values)
+    own = {key: str(path) for key, _ in _flatten(values)}
+    kept = {key: origin[key] for key, _ in _flatten(merged) if key in origin and key not in own}
+    return merged, kept | own
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -163,6 +167,7 @@ def _override(values: dict[str, Any], origin: dict[str, str], override: str) -> 
             raise RecipeError(f"{COMMAND_LINE}: {key}: {parent} is a value, it has no keys below it")
         values = child
     values[last] = value
+    origin.pop(key, None)  # the latest comes last
     origin[key] = COMMAND_LINE
 
 
@@ -205,8 +210,8 @@ def _choose_kinds(config: type[MethodConfig], options: Mapping[str, Any]) -> typ
             continue
         section = options.get(key)
         kind = section.get("kind", next(iter(kinds))) if isinstance(section, dict) else next(iter(kinds))
-        if kind not in kinds:
-            raise RecipeError(f"no such kind{_suggest(str(kind), list(kinds))}", f"method.{key}.kind")
+        if not isinstance(kind, str) or kind not in kinds:
+            raise RecipeError(f"the method has no such {key}; use {' or '.join(kinds)}", f"method.{key}.kind")
         chosen.append((key, kinds[kind], dataclasses.field(default_factory=kinds[kind])))
     return dataclasses.make_dataclass(config.__name__, chosen, bases=(config,), frozen=True)
 
@@ -218,7 +223,8 @@ def _check_keys(values: Mapping[str, Any], kind: type, prefix: str) -> None:
     for key, value in values.items():
         if key not in names:
             sections = [] if prefix else ["base", "method"]
-            raise RecipeError(f"unknown key{_suggest(str(key), names + sections)}", prefix + str(key))
+            of = f" of {kind.kind}" if hasattr(kind, "kind") else ""
+            raise RecipeError(f"unknown key{of}{_suggest(str(key), names + sections)}", prefix + str(key))
         if value is None and type(None) not in get_args(known[key]):
             raise RecipeError("must have a value", prefix + key)
         if dataclasses.is_dataclass(known[key]):
@@ -235,10 +241,11 @@ def _parse(values: dict[str, Any], options: dict[str, Any], config: type[MethodC
         parsed = parser.instantiate(parser.parse_object({**values, "method": options}))
     except jsonargparse.ArgumentError as error:
         message = " ".join(str(error).split())
-        match = re.match(r'Parser key "([^"]+)": (.*?)\.? Got value: ', message)
+        match = re.match(r'Parser key "([^"]+)": (.*?)\.? (?:Got value|Given value type): ', message)
         if match is None:
             raise RecipeError(message) from None
-        expected = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.", "")
+        first = match[2].partition(" Errors: - ")[2].partition(" - ")[0] or match[2]  # of a union's reasons, the first
+        expected = re.sub(r"<class '(\w+)'>", r"\1", first).replace("typing.", "")
         expected = expected.replace("a int", "an int").replace("a Literal", "one of ")
         raise RecipeError(f"{expected[0].lower()}{expected[1:]}", match[1]) from None
     return Recipe(**vars(parsed))

@@ -1,6 +1,8 @@
-"""The reconstruction figure: what the encoder saw and what the network made of it, one row per image."""
+"""Reconstruction figures: what the encoder saw and what the network made of it, one row per image."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +18,14 @@ VISIBLE, SECONDARY, KEPT, THROWN = (60, 170, 75), (245, 190, 40), (70, 110, 220)
 _GREY = 0.5
 _GAP = 6  # pixels between cells
 _HEAD = 44  # pixels above the first row
+
+
+class Reconstruction(NamedTuple):
+    """What one model made of some images."""
+
+    plan: MaskPlan
+    prediction: Tensor  # (B, 3, H, W) float in [0, 1]
+    covered: Tensor  # (B, 1, H, W) bool: where ``prediction`` is defined
 
 
 def predicted_pixels(images: Tensor, output: MIMOutput, patch: int, norm_pix: bool) -> tuple[Tensor, Tensor]:
@@ -72,7 +82,29 @@ def reconstruction_figure(
         originals,
     )
     zoom = max(1, 160 // originals.shape[2])
-    return _sheet([_rows_of(cell, zoom) for cell in cells], plan, title)
+    return _sheet(COLUMNS, [_rows_of(cell, zoom) for cell in cells], plan, title)
+
+
+def comparison_figure(images: Tensor, models: Sequence[tuple[str, Reconstruction]], title: str = "") -> Image.Image:
+    """Draw a row per image: the original, and for each model its mask plan and its prediction, visible patches pasted.
+
+    Args:
+        images: (B, 3, H, W) uint8 originals.
+        models: names, and what each model made of the images.
+        title: a line above the legend, which counts the first model's tokens.
+    """
+    originals = images.cpu().float() / 255
+    zoom = max(1, 160 // originals.shape[2])
+    names, columns = ["original"], [_rows_of(originals, zoom)]
+    for name, (plan, prediction, covered) in models:
+        plan = plan.to("cpu")
+        patch = originals.shape[2] // plan.grid[0]
+        colour, _ = _plan_colours(plan, patch)
+        masked = _pixels(plan.mask(), plan.grid, patch)
+        alone = torch.where(covered.cpu(), prediction.cpu().float().clamp(0, 1), _GREY)
+        names += [f"{name}: plan", f"{name}: pasted"]
+        columns += [_rows_of(cell, zoom) for cell in (colour, torch.where(masked, alone, originals))]
+    return _sheet(names, columns, models[0][1].plan.to("cpu"), title)
 
 
 def save_figure(picture: Image.Image, path: Path) -> None:
@@ -106,7 +138,7 @@ def _rows_of(cells: Tensor, zoom: int) -> list[Image.Image]:
     return [Image.fromarray(cell).resize((side, side), Image.Resampling.NEAREST) for cell in pixels]
 
 
-def _sheet(columns: list[list[Image.Image]], plan: MaskPlan, title: str) -> Image.Image:
+def _sheet(names: Sequence[str], columns: list[list[Image.Image]], plan: MaskPlan, title: str) -> Image.Image:
     side = columns[0][0].width
     sheet = Image.new(
         "RGB",
@@ -126,7 +158,7 @@ def _sheet(columns: list[list[Image.Image]], plan: MaskPlan, title: str) -> Imag
         text = f"{name} {count}"
         draw.text((x + 14, 22), text, fill="black", font=font)
         x += 30 + draw.textlength(text, font=font)
-    for i, (name, column) in enumerate(zip(COLUMNS, columns, strict=True)):
+    for i, (name, column) in enumerate(zip(names, columns, strict=True)):
         x = _GAP + i * (side + _GAP)
         draw.text((x, _HEAD), name, fill="black", font=font)
         for j, cell in enumerate(column):

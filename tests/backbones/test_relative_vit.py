@@ -74,10 +74,24 @@ def test_dense_order_and_ragged_order_give_the_same_tokens() -> None:
     hook.remove()
     x = torch.cat([model.cls_token.expand(2, -1, -1), seen[0].gather(1, ids[:, :, None].expand(-1, -1, 24))], dim=1)
     assert model.rel_pos_bias is not None
-    bias = model.rel_pos_bias(ids)
+    bias = model.rel_pos_bias(ids, x.dtype)
     for block in model.blocks:
         x = block(x, bias)
     torch.testing.assert_close(x[:, 1:], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_bias_is_laid_out_so_that_no_block_copies_it() -> None:
+    """PyTorch's memory-efficient attention pads a copy of a bias whose rows are not 8 elements apart."""
+    model, _, plan = job()
+    ids = torch.cat([plan.visible, plan.kept], dim=1)
+    assert model.rel_pos_bias is not None
+    torch.nn.init.normal_(model.rel_pos_bias.relative_position_bias_table)
+    bias = model.rel_pos_bias(ids, torch.bfloat16)
+    index = relative_index(ids, model.grid)
+    assert index.shape[2] % 8
+    assert bias.stride(3) == 1 and all(stride % 8 == 0 for stride in bias.stride()[:3])
+    expected = model.rel_pos_bias.relative_position_bias_table[index].permute(0, 3, 1, 2)
+    assert bias.equal(expected.bfloat16())
 
 
 def test_a_whole_image_gives_normed_tokens_and_a_class_token() -> None:

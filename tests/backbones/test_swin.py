@@ -119,3 +119,15 @@ def test_masked_patches_become_the_mask_token_on_the_whole_map() -> None:
     torch.testing.assert_close(fast, plain, rtol=1e-7, atol=1e-8)
     hidden = plan.mask().view(2, 1, 8, 8).repeat_interleave(16, 2).repeat_interleave(16, 3)
     assert encoder(images.masked_fill(hidden, float("nan")), plan).equal(found)
+
+
+def test_windows_that_are_the_whole_map_have_their_geometry_computed_once() -> None:
+    encoder, images, plan = job()
+    shifts: list[list[int]] = []
+    same: list[bool] = []
+    for stage in encoder.stages:
+        stage.register_forward_hook(lambda _module, inputs, _output: shifts.append([g.shift for g in inputs[1:]]))
+        stage.register_forward_hook(lambda _module, inputs, _output: same.append(inputs[1] is inputs[2]))
+    encoder(images, plan)  # maps of 16, 8, 4 and 2 tokens a side, windows of 8
+    assert shifts == [[0, 4], [0, 0], [0, 0], [0, 0]]
+    assert same == [False, True, True, True]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ummim.backbones.window import merge_windows, partition, shift_mask, window_geometry
+from ummim.backbones.window import attend, merge_windows, partition, shift_mask, window_geometry
 from ummim.masking import MaskConfig, PlanSampler
 
 
@@ -71,3 +71,36 @@ def test_dense_windows_share_one_table_of_differences(shifted: bool) -> None:
     found = geometry.differences[geometry.index[0, 0].long()]
     assert found.equal((inner[None, :] - inner[:, None]).float())
     assert (geometry.mask is not None) == shifted
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 3)])
+def test_attention_in_windows_takes_as_few_biases_as_there_are(shape: tuple[int, int], batch: int) -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(batch, 3, 5, 24, dtype=torch.float64)
+    bias = torch.randn(min(shape[0], batch), shape[1], 2, 5, 5, dtype=torch.float64)
+    found = attend(qkv, 2, bias)
+    every = bias.expand(batch, 3, -1, -1, -1)
+    for b in range(batch):
+        for window in range(3):
+            q, k, v = qkv[b, window].chunk(3, dim=-1)
+            for head in range(2):
+                at = slice(4 * head, 4 * head + 4)
+                weights = (q[:, at] @ k[:, at].T / 2 + every[b, window, head]).softmax(-1)
+                torch.testing.assert_close(found[b, window][:, at], weights @ v[:, at])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 3)])
+def test_no_bias_is_repeated_for_the_fused_kernel(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reaches it holds the numbers once: the kernel expands what samples or windows share."""
+    sizes: list[int] = []
+
+    def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor) -> torch.Tensor:
+        attn_mask.expand(*q.shape[:-1], k.shape[-2])  # the shapes fit
+        sizes.append(attn_mask.untyped_storage().nbytes())
+        return v
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+    qkv, bias = torch.empty(2, 3, 5, 24, device="meta"), torch.empty(*shape, 2, 5, 5, device="meta")
+    assert attend(qkv, 2, bias).shape == (2, 3, 5, 8)
+    assert sizes == [4 * bias.numel()]

@@ -22,10 +22,16 @@ SAMPLER = PlanSampler((4, 4), MaskConfig(), throw_ratio=0.5)
 
 
 def loader(
-    folder: Path, plan: SimpleNamespace, workers: int = 0, rank: int = 0, world: int = 1, start: int = 0
+    folder: Path,
+    plan: SimpleNamespace,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    start: int = 0,
+    sampler: PlanSampler = SAMPLER,
 ) -> Loader:
     data = DataConfig(str(folder), workers=workers, image_size=32, streams=3, window=2)
-    return build_loader(ShardIndex.open(folder), data, SAMPLER, 7, plan, rank, world, start)
+    return build_loader(ShardIndex.open(folder), data, sampler, 7, plan, rank, world, start)
 
 
 def by_key(batches: list[Batch]) -> list[tuple]:
@@ -48,6 +54,27 @@ def test_global_batches_do_not_depend_on_ranks_and_workers(
     assert {len(batches) for batches in ranks} == {6 * accumulation}
     turns = [ranks[rank][i] for i in range(6 * accumulation) for rank in range(world)]
     assert by_key(turns) == reference
+
+
+@pytest.mark.parametrize(("accumulation", "world", "micro", "workers"), [(2, 1, 4, 2), (1, 2, 4, 1), (2, 2, 2, 0)])
+def test_masks_shared_by_neighbours_do_not_depend_on_ranks_and_workers(
+    folder: Path, arithmetic: Arithmetic, accumulation: int, world: int, micro: int, workers: int
+) -> None:
+    """Four neighbours in a global batch of eight, as GreenMIM shares masks."""
+    sampler = PlanSampler((8, 8), MaskConfig(shared_by=4), throw_ratio=0.5)
+    reference = by_key(list(loader(folder, arithmetic(1, 1, 8), sampler=sampler)))  # 6 global batches
+    masks = [str(row[-3:]) for row in reference]
+    groups = [set(masks[i : i + 4]) for i in range(0, 48, 4)]
+    assert all(len(group) == 1 for group in groups)
+    assert len(set(masks)) == 12  # another mask for every group, in the second epoch too
+    ranks = [
+        list(loader(folder, arithmetic(accumulation, world, micro), workers, rank, world, sampler=sampler))
+        for rank in range(world)
+    ]
+    turns = [ranks[rank][i] for i in range(6 * accumulation) for rank in range(world)]
+    assert by_key(turns) == reference
+    for batch in turns:  # every micro-batch lies in one group, and says so
+        assert batch.plan.shared == tuple(batch.plan.visible[0].tolist())
 
 
 def test_batches_hold_what_they_say(folder: Path, arithmetic: Arithmetic) -> None:

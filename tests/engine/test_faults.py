@@ -13,7 +13,9 @@ import torch
 
 from tests.engine.conftest import command, environment, losses, records, run
 from ummim.engine import checkpoint, resume
-from ummim.engine.faults import EXIT_INTERRUPT, EXIT_PREEMPTED, Interrupts
+from ummim.engine.faults import EXIT_INTERRUPT, EXIT_PREEMPTED, Interrupts, on_every_rank
+from ummim.engine.zero import World
+from ummim.errors import DataError
 
 
 def test_a_run_killed_on_two_ranks_goes_on_bit_for_bit(tmp_path, two_ranks):
@@ -128,3 +130,26 @@ def test_agreement_averages_the_loss_and_takes_the_graver_code(world):
     assert loss == pytest.approx(0.1) and code == 0
     assert agree(torch.tensor(0.1), EXIT_INTERRUPT, world)[1] == EXIT_INTERRUPT
     assert agree(torch.tensor(0.1), EXIT_PREEMPTED, world)[1] == EXIT_PREEMPTED
+
+
+@pytest.mark.parametrize(("rank", "mistaken", "told"), [(0, False, False), (1, True, True), (2, True, False)])
+def test_the_first_rank_that_fails_by_a_users_mistake_tells_and_all_end(monkeypatch, rank, mistaken, told):
+    """A file that ranks 1 and 2 of three cannot read."""
+
+    def read() -> str:
+        if mistaken:
+            raise DataError("teacher.pth: cannot be read")
+        return "weights"
+
+    def gather(everywhere: list[bool], mine: bool) -> None:
+        assert mine == mistaken
+        everywhere[:] = [False, True, True]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    with pytest.raises(DataError if told else SystemExit, match="teacher" if told else "2"):
+        on_every_rank(read, World(rank, rank, 3, torch.device("cpu")))
+
+
+def test_what_every_rank_can_do_goes_on(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda everywhere, mine: None)
+    assert on_every_rank(lambda: "weights", World(1, 1, 2, torch.device("cpu"))) == "weights"

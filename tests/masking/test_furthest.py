@@ -1,5 +1,7 @@
 """Furthest sampling against the greedy algorithm written out."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ummim.masking import furthest_sample
+from ummim.masking.furthest import furthest
 
 SIX = np.array([0, 1, 5, 7, 10, 15])  # of a 4x4 grid
 
@@ -36,6 +39,21 @@ def cases(draw: st.DrawFn) -> tuple[tuple[int, int], list[int], int, int]:
 def test_equals_the_greedy_selection_written_out(case: tuple[tuple[int, int], list[int], int, int]) -> None:
     grid, ids, keep, first = case
     assert furthest_sample(np.array(ids), grid, keep, first).tolist() == greedy(ids, grid[1], keep, first)
+
+
+@settings(deadline=None, max_examples=100)
+@given(cases(), st.randoms(use_true_random=False))
+def test_every_token_kept_is_a_furthest_one_in_whatever_order_they_come(
+    case: tuple[tuple[int, int], list[int], int, int], random: random.Random
+) -> None:
+    (_, width), ids, keep, _ = case
+    random.shuffle(ids)
+    kept = furthest(np.array(ids), width, keep, 0).tolist()
+    assert kept[0] == ids[0]
+    for i in range(1, keep):
+        gaps = [min((a // width - b // width) ** 2 + (a % width - b % width) ** 2 for b in kept[:i]) for a in ids]
+        furthest_ones = [a for a, gap in zip(ids, gaps, strict=True) if gap == max(gaps)]
+        assert kept[i] == furthest_ones[0]  # ties: the first in the list
 
 
 def test_ties_go_to_the_lowest_id() -> None:

@@ -8,15 +8,17 @@ from hypothesis import strategies as st
 from ummim.masking import MaskConfig, MaskPlan, PlanSampler, furthest_sample, sample_seed
 
 UNIFORM = MaskConfig("uniform", 0.75, 0.25)
+LOWEST = MaskConfig(ties="lowest")
 
 SEED_0_0_A = 8816142829491793548
-RANDOM_4X4 = [
+LOWEST_4X4 = [
     [2, 7, 8, 10],
     [False, False, False, False],
     [0, 1, 3, 4, 5, 6, 12, 15],
     [9, 11, 13, 14],
 ]  # visible, secondary, kept, thrown
-UNIFORM_4X4 = [[1, 2, 12, 11], [True, False, False, False], [0, 3, 4, 5, 6, 7, 9, 15], [8, 10, 13, 14]]
+RANDOM_4X4 = [[2, 7, 8, 10], [False, False, False, False], [0, 3, 4, 5, 11, 12, 13, 15], [1, 6, 9, 14]]
+UNIFORM_4X4 = [[1, 2, 12, 11], [True, False, False, False], [0, 3, 4, 5, 6, 9, 13, 15], [7, 8, 10, 14]]
 
 
 def draw_many(sampler: PlanSampler, count: int) -> list[np.ndarray]:
@@ -106,7 +108,7 @@ def test_random_throwing_is_fair() -> None:
 
 
 def test_furthest_throwing_keeps_a_furthest_sample_from_any_start() -> None:
-    sampler = PlanSampler((6, 6), MaskConfig(), 0.5)
+    sampler = PlanSampler((6, 6), LOWEST, 0.5)
     starts = set()
     for seed in range(200):
         plan = sampler(seed)
@@ -119,6 +121,27 @@ def test_furthest_throwing_keeps_a_furthest_sample_from_any_start() -> None:
         assert found
         starts.add(found[0])
     assert len(starts) > 18  # of 36: the start is drawn, not fixed
+
+
+def test_random_ties_are_fair_and_lowest_ids_lean_to_the_top_left() -> None:
+    leaning = {}
+    for config in (MaskConfig(), LOWEST):
+        kept = draw_many(PlanSampler((14, 14), config, 0.5), 2000)[2]  # (2000, 49)
+        leaning[config.ties] = kept.mean() / (195 / 2) - 1  # of the mean id from the grid's middle
+    assert abs(leaning["random"]) < 0.003
+    assert leaning["lowest"] < -0.01
+
+
+@pytest.mark.parametrize("throwing", ["furthest", "random"])
+def test_thrown_squares_are_whole_and_lie_in_masked_units(throwing: str) -> None:
+    config = MaskConfig(ratio=0.6, unit=2, throw_unit=2, throwing=throwing)  # type: ignore[arg-type]
+    for seed in range(20):
+        plan = PlanSampler((14, 14), config, 0.5)(seed)
+        part = np.zeros(196, int)
+        part[plan.kept], part[plan.thrown] = 1, 2
+        squares = part.reshape(7, 2, 7, 2).transpose(0, 2, 1, 3).reshape(49, 4)
+        assert (squares == squares[:, :1]).all()
+        assert np.bincount(squares[:, 0]).tolist() == [19, 6, 24]  # 24 = int(0.5 * 49)
 
 
 @pytest.mark.parametrize(
@@ -167,8 +190,10 @@ def test_throwing_does_not_change_what_is_visible() -> None:
 def test_plans_stay_the_same_from_version_to_version() -> None:
     """Runs are resumed and replayed by seed, so these numbers are for good."""
     assert sample_seed(0, 0, "a") == SEED_0_0_A
+    lowest = PlanSampler((4, 4), LOWEST, 0.25)(SEED_0_0_A)
     random = PlanSampler((4, 4), MaskConfig(), 0.25)(SEED_0_0_A)
     uniform = PlanSampler((4, 4), UNIFORM, 0.25)(SEED_0_0_A)
+    assert [ids.tolist() for ids in lowest] == LOWEST_4X4
     assert [ids.tolist() for ids in random] == RANDOM_4X4
     assert [ids.tolist() for ids in uniform] == UNIFORM_4X4
 
@@ -181,6 +206,8 @@ def test_plans_stay_the_same_from_version_to_version() -> None:
         ((14, 14), MaskConfig("random", 0.999), 0.0, "leaves 0 of 196 tokens visible"),
         ((14, 14), MaskConfig("random", 0.0), 0.0, "leaves 196 of 196"),
         ((14, 14), MaskConfig(), 0.75, "throwing ratio 0.75 leaves no kept token"),
+        ((14, 14), MaskConfig(unit=2, throw_unit=4), 0.0, "squares of 4 tokens do not divide the mask's units of 2"),
+        ((14, 14), MaskConfig(throw_unit=0), 0.0, "squares of 0 tokens"),
         ((14, 14), MaskConfig(), -0.1, "throwing ratio -0.1"),
         ((14, 14), MaskConfig("uniform", 0.75, 1.0), 0.0, "secondary ratio 1.0"),
         ((14, 14), MaskConfig("uniform", 0.75, -0.5), 0.0, "secondary ratio -0.5"),

@@ -39,7 +39,7 @@ class PixMIM(Method):
         self.grid = self.encoder.grid
         self.embed = nn.Linear(config.encoder.embed_dim, config.decoder.embed_dim)
         self.decoder = Decoder(self.grid, config.decoder, cls_token=True)
-        self.aggregation = build_aggregation(partial, throwing, config.decoder.embed_dim)
+        self.aggregation = build_aggregation(partial, throwing, self.grid, config.decoder.embed_dim)
         self.head = PixelHead(config.decoder.embed_dim, self.patch_size)
 
     def blocks(self) -> list[nn.Module]:
@@ -53,7 +53,7 @@ class PixMIM(Method):
     def forward(self, images: Tensor, plan: MaskPlan) -> MIMOutput:
         self.check_inputs(images, plan)
         visible, kept = self.decoder(self.embed(self.encoder(images, plan)), plan)  # (B, V, d), (B, K, d)
-        tokens, ids = self.aggregation(visible, kept, plan)  # (B, n, d), (B, n)
-        pixels = self.head(tokens)  # (B, n, p * p * 3)
+        tokens, ids = self.aggregation(visible, kept, plan, self.head.norm)  # (B, n, d), (B, n)
+        pixels = self.head.pred(tokens)  # (B, n, p * p * 3)
         target = pixel_targets(self.low_pass(images), ids, self.patch_size, self.norm_pix_loss)
         return MIMOutput(mean_squared_error(pixels, target), pixels, ids, self.grid[0] * self.grid[1])

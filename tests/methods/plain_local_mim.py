@@ -23,7 +23,7 @@ def plain_local_mim(model: Any, images: Tensor, masked: Tensor, thrown: Tensor) 
 
     Without an aggregation, thrown tokens are in no mean and no loss.
     """
-    filled = hasattr(model.decoders[0].aggregation, "dwconv")
+    filled = hasattr(model.decoders[0].aggregation, "layer")
     sums, weights = [torch.zeros(())] * 4, [torch.zeros(())] * 4
     predictions: list[list[Tensor]] = [[], [], [], []]
     for image, hidden, throw in zip(images, masked, thrown, strict=True):
@@ -119,8 +119,8 @@ def decode(module: Any, x: Tensor, hidden: Tensor, throw: Tensor, grid: tuple[in
     sequence = torch.cat([x[:1] + table[:1], tokens[~throw]]) if cls else tokens[~throw]
     full = torch.zeros_like(tokens)
     full[~throw] = vit_blocks(sequence, module.decoder.blocks)[int(cls) :]
-    if throw.any() and hasattr(module.aggregation, "dwconv"):
-        conv = module.aggregation.dwconv
+    if throw.any() and hasattr(module.aggregation, "layer"):
+        conv = module.aggregation.layer
         side = conv.weight.shape[-1]
         filled = F.conv2d(full.T.reshape(1, -1, *grid), conv.weight, conv.bias, padding=side // 2, groups=full.shape[1])
         full = torch.where(throw[:, None], filled[0].flatten(1).T, full)

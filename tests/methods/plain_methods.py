@@ -59,7 +59,7 @@ def reconstruct(
     grid = torch.zeros_like(tokens)
     grid[~thrown] = sequence
     if thrown.any():
-        conv = model.aggregation.dwconv
+        conv = model.aggregation.layer
         image_like = grid.T.reshape(1, -1, h, w)
         filled = F.conv2d(image_like, conv.weight, conv.bias, padding=conv.weight.shape[-1] // 2, groups=len(grid[0]))
         grid = torch.where(thrown[:, None], filled[0].flatten(1).T, grid)

@@ -106,7 +106,7 @@ def relative_vit(model: Any, image: Tensor, hidden: Tensor, thrown: Tensor) -> T
     grid = x.new_zeros(h * w, x.shape[1])
     grid[~thrown] = x[1:]
     if thrown.any():
-        conv = model.aggregation.dwconv
+        conv = model.aggregation.layer
         filled = F.conv2d(grid.T.view(1, -1, h, w), conv.weight, conv.bias, padding=conv.weight.shape[-1] // 2,
                           groups=grid.shape[1])  # fmt: skip
         grid = torch.where(thrown[:, None], filled[0].flatten(1).T, grid)

@@ -74,6 +74,14 @@ def decode(model: Any, embed: Any, latent: Tensor, hidden: Tensor, thrown: Tenso
     return sequence[:1], grid
 
 
+def fill_in(conv: Any, grid: Tensor, thrown: Tensor, h: int, w: int) -> Tensor:
+    """(N, d), zero where thrown -> the same, the convolution's output there."""
+    pixels = F.conv2d(
+        grid.T.reshape(1, -1, h, w), conv.weight, conv.bias, padding=conv.weight.shape[-1] // 2, groups=grid.shape[1]
+    )
+    return torch.where(thrown[:, None], pixels[0].flatten(1).T, grid)
+
+
 def plain_tec(
     model: Any, images: Tensor, masked: Tensor, thrown: Tensor, config: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -85,12 +93,7 @@ def plain_tec(
         latent = encode(model, image, hidden)
         _, grid = decode(model, model.feature_embed, latent, hidden, throw)
         if throw.any():
-            conv = model.aggregation.dwconv
-            pixels = F.conv2d(
-                grid.T.reshape(1, -1, h, w), conv.weight, conv.bias, padding=conv.weight.shape[-1] // 2,
-                groups=grid.shape[1],
-            )  # fmt: skip
-            grid = torch.where(throw[:, None], pixels[0].flatten(1).T, grid)
+            grid = fill_in(model.aggregation.layer, grid, throw, h, w)
         prediction = linear(norm_of(grid, model.feature_head.norm), model.feature_head.pred)
         mean = target.mean(0)
         variance = (target - mean).square().sum(0) / (len(target) - 1)
@@ -98,7 +101,11 @@ def plain_tec(
         errors.append((prediction - target).square().mean(1)[hidden])
         predictions.append(prediction)
 
-        cls, grid = decode(model, model.attention_embed, latent, hidden, torch.zeros_like(throw))
+        if config.attention_pass == "whole":
+            throw = torch.zeros_like(throw)
+        cls, grid = decode(model, model.attention_embed, latent, hidden, throw)
+        if throw.any():
+            grid = fill_in(model.attention_aggregation.layer, grid, throw, h, w)
         norm, width = model.attention_head.norm, encoder.embed_dim
         cls, grid = norm_of(cls, norm), norm_of(grid, norm)
         q = linear(torch.cat([cls, grid]), model.attention_head.qk)[:, :width]

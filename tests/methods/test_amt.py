@@ -183,12 +183,15 @@ def test_packaged_recipes_have_the_published_counts(recipe: str, kinds: Any) -> 
 @pytest.mark.parametrize(
     ("override", "key", "message"),
     [
-        ("throw_ratio=0.5", "throw_ratio", "no partial reconstruction"),
+        ("throw_ratio=0.5", "throw_ratio", "AMT throws by itself: set method.attention.thrown"),
         ("mask.kind=uniform", "mask.kind", "amt cannot train under a uniform mask"),
         ("mask.secondary_ratio=0.25", "mask.secondary_ratio", "no token for"),
         ("method.attention.refresh_epochs=0", "method.attention.refresh_epochs", "at least 1"),
-        ("method.attention.unit=4", "method.attention", "units of 4 tokens do not tile the grid 14x14"),
-        ("method.attention.thrown=0.6", "method.attention", "visible of 196"),
+        ("method.attention.unit=4", "method.attention.unit", "units of 4 tokens do not tile the grid 14x14"),
+        ("method.attention.unit=0", "method.attention.unit", "units of 0 tokens"),
+        ("method.attention.masked=0", "method.attention.masked", "between 0 and 1"),
+        ("method.attention.thrown=-0.1", "method.attention.thrown", "-0.1 thrown leave"),
+        ("method.attention.thrown=0.6", "method.attention.thrown", "visible of 196 tokens: .* must stay below 1"),
         ("method.encoder.num_heads=7", "method.encoder.num_heads", "7 heads do not divide"),
         ("data.crop=padded", "data.crop", "resized crops only"),
     ],

@@ -43,7 +43,7 @@ def test_the_papers_sizes_pass(config: MethodConfig, image_size: int, mask: Mask
     ("config", "image_size", "mask", "key", "message"),
     [
         (mae.Config(), 225, MaskConfig(), "data.image_size", "225 pixels are no multiple of the patch size 16"),
-        (mae.Config(ViTConfig(patch_size=0)), 224, MaskConfig(), "data.image_size", "patch size 0"),
+        (mae.Config(ViTConfig(patch_size=0)), 224, MaskConfig(), "method.encoder.patch_size", "at least 1"),
         (mae.Config(ViTConfig(num_heads=7)), 224, MaskConfig(), "method.encoder.num_heads", "7 heads .* 768"),
         (mae.Config(decoder=DecoderConfig(num_heads=0)), 224, MaskConfig(), "method.decoder.num_heads", "0 heads"),
         (mae.Config(), 224, UNIFORM, "mask.secondary_ratio", "mae has no token"),

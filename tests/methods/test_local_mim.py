@@ -45,7 +45,7 @@ def test_an_aggregation_in_each_decoder_changes_nothing_while_nothing_is_thrown(
     model, images, plan = job(SMALL, 48, MaskConfig(), 0.0)
     partial = SMALL.build(48, PartialConfig(), throwing=True).double()
     missing = partial.load_state_dict(model.state_dict(), strict=False).missing_keys
-    assert missing == [f"decoders.{k}.aggregation.dwconv.{part}" for k in range(4) for part in ("weight", "bias")]
+    assert missing == [f"decoders.{k}.aggregation.layer.{part}" for k in range(4) for part in ("weight", "bias")]
     assert partial(images, plan).loss == model(images, plan).loss
 
 
@@ -126,7 +126,7 @@ def test_autocast_leaves_target_and_loss_in_float32(dtype: torch.dtype) -> None:
     [
         (Config(ViTConfig(patch_size=14)), 224, "method.encoder.patch_size", "multiple of 4, not 14"),
         (Config(), 240, "data.image_size", "240 pixels are no multiple of 32"),
-        (Config(ViTConfig(depth=5)), 224, "method.taps", "1, 3, 2, 4. are not four ascending .* 5 blocks"),
+        (Config(ViTConfig(depth=5)), 224, "method.taps", "2, 4., the default, are not four ascending .* 5 blocks"),
         (Config(taps=(0, 1, 2, 12)), 224, "method.taps", "12 blocks"),
         (Config(taps=(-1, 1, 2, 3)), 224, "method.taps", "ascending"),
         (Config(decoder=LocalDecoderConfig(num_heads=7)), 224, "method.decoder.num_heads", "7 heads .* 256"),

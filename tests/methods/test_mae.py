@@ -8,6 +8,7 @@ from ummim.backbones.vit import ViTConfig
 from ummim.masking import MaskConfig, MaskPlan, PlanSampler
 from ummim.methods.mae import MAE, Config
 from ummim.nn.decoder import DecoderConfig
+from ummim.nn.targets import patchify
 
 SMALL = Config(
     encoder=ViTConfig(patch_size=4, embed_dim=24, depth=2, num_heads=3),
@@ -66,6 +67,17 @@ def test_the_loss_ignores_visible_pixels_as_targets() -> None:
     pixels = (~plan.mask()).view(3, 1, 6, 6).repeat_interleave(4, 2).repeat_interleave(4, 3)
     assert model(images + 5.0 * pixels, plan).loss == before
     assert model(images + 5.0 * ~pixels, plan).loss != before
+
+
+@pytest.mark.parametrize("throw", [0.0, 0.5])
+def test_the_loss_is_the_mean_over_masked_patches_only(throw: float) -> None:
+    """Of squared errors, over all samples, masked patches and their pixels; visible patches have no part."""
+    model, images, plan = job(Config(SMALL.encoder, SMALL.decoder, False), 24, MaskConfig(), throw)
+    output, masked = model(images, plan), plan.mask()
+    errors = (output.prediction - patchify(images, 4)).square()  # (B, N, P)
+    assert int(masked.sum()) == 3 * 27
+    torch.testing.assert_close(output.loss, errors[masked].sum() / (3 * 27 * 48), rtol=1e-12, atol=0)
+    assert (output.loss - errors.mean()).abs() > 0.01
 
 
 def test_masked_pixels_never_reach_the_encoder() -> None:

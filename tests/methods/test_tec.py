@@ -1,5 +1,6 @@
 """TEC's fast path against TEC written plainly, its teacher's stillness, and its sizes."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -46,7 +47,7 @@ def plain(model: TEC, images: torch.Tensor, plan: MaskPlan, config: Config = SMA
     return plain_tec(model, images, masked, torch.zeros_like(masked).scatter(1, plan.thrown, True), config)
 
 
-@pytest.mark.parametrize("scale", ["width", "head"])
+@pytest.mark.parametrize(("scale", "attention_pass"), [("width", "thrown"), ("head", "whole")])
 @pytest.mark.parametrize(
     ("mask", "throw"),
     [
@@ -56,8 +57,10 @@ def plain(model: TEC, images: torch.Tensor, plan: MaskPlan, config: Config = SMA
         (MaskConfig("uniform"), 0.25),  # visible tokens come in block order
     ],
 )
-def test_equals_the_plain_implementation(mask: MaskConfig, throw: float, scale: Literal["width", "head"]) -> None:
-    config = replace(SMALL, attention_scale=scale)
+def test_equals_the_plain_implementation(
+    mask: MaskConfig, throw: float, scale: Literal["width", "head"], attention_pass: Literal["thrown", "whole"]
+) -> None:
+    config = replace(SMALL, attention_scale=scale, attention_pass=attention_pass)
     model, images, plan = job(config, throw, mask)
     feature, attention, features, logits = plain(model, images, plan, config)
     found: list[torch.Tensor] = []
@@ -94,12 +97,23 @@ def test_the_teacher_equals_one_written_plainly(layers: int, top_k: int) -> None
         torch.testing.assert_close(found, plain_one, rtol=1e-10, atol=1e-10)
 
 
-def test_thrown_tokens_leave_the_feature_pass_only() -> None:
-    model, images, plan = job(throw=0.5)
+@pytest.mark.parametrize(
+    ("attention_pass", "partial", "attended"),
+    [
+        ("thrown", PartialConfig(), 16 - 8),
+        ("whole", PartialConfig(), 16),
+        ("thrown", PartialConfig("none"), 16),  # nothing would fill the missing keys in
+    ],
+)
+def test_thrown_tokens_leave_both_passes_or_the_feature_pass_only(
+    attention_pass: Literal["thrown", "whole"], partial: PartialConfig, attended: int
+) -> None:
+    model = replace(SMALL, attention_pass=attention_pass).build(SIDE, partial, True)
+    _, images, plan = job(throw=0.5)
     lengths: list[int] = []
     model.decoder.register_forward_hook(lambda _module, _inputs, output: lengths.extend(x.shape[1] for x in output))
-    model(images, plan)
-    assert lengths == [1 + 16 - 8, 1 + 16]
+    assert model(images.float(), plan).loss.isfinite()
+    assert lengths == [1 + 16 - 8, 1 + attended]
 
 
 def test_the_teacher_sees_whole_images_and_the_student_visible_patches() -> None:
@@ -160,6 +174,47 @@ def test_in_16_bits_the_teacher_keeps_its_weights_and_the_loss_is_float32() -> N
     assert not low.features.equal(exact.features)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_logits_and_losses_are_float32(dtype: torch.dtype) -> None:
+    model, images, plan = job()
+    model, images = model.float(), images.float()
+    seen: list[torch.Tensor] = []
+    model.attention_head.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    model.teacher.register_forward_hook(lambda _module, _inputs, output: seen.extend((output[0], output[2])))
+    with torch.autocast("cpu", dtype):
+        output = model(images, plan)
+        features, taught, logits = seen
+        losses = feature_loss(output.predicted, features, output.ids), attention_loss(logits, taught, 1.8)
+    assert {each.dtype for each in (*seen, *losses, output.loss)} == {torch.float32}
+    exact = model(images, plan).loss
+    torch.testing.assert_close(output.loss, exact, rtol=2e-4, atol=0)  # 2e-3 off with logits in bfloat16
+
+
+def test_the_target_is_standardised_per_sample_and_channel_over_all_patches() -> None:
+    """By the mean and the unbiased variance, plus 1e-6, of visible and masked patches alike (TEC, official code)."""
+    torch.manual_seed(0)
+    features = 1e-3 * torch.randn(2, 5, 3, dtype=torch.float64) + torch.arange(3)  # small: 1e-6 counts
+    features[1] *= 7  # a sample's own scale
+    ids = torch.tensor([[0, 3], [4, 1]])
+    predicted = torch.randn(2, 2, 3, dtype=torch.float64)
+    total = 0.0
+    for b in range(2):
+        for channel in range(3):
+            values = features[b, :, channel].tolist()
+            mean = sum(values) / 5
+            deviation = (sum((value - mean) ** 2 for value in values) / 4 + 1e-6) ** 0.5
+            for n, patch in enumerate(ids[b].tolist()):
+                total += (predicted[b, n, channel].item() - (values[patch] - mean) / deviation) ** 2
+    assert feature_loss(predicted, features, ids).item() == pytest.approx(total / 12, rel=1e-12)
+
+
+def test_attention_is_taught_by_softened_logits_over_all_keys() -> None:
+    logits, taught = torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[0.0, 2.0], [0.0, 0.0]])
+    q = torch.tensor([[1 / (1 + math.e), math.e / (1 + math.e)], [0.5, 0.5]])  # at temperature 2
+    expected = -(q * (logits.exp() / logits.exp().sum(1, keepdim=True)).log()).sum(1).mean()
+    torch.testing.assert_close(attention_loss(logits, taught, 2.0), expected)
+
+
 def test_the_backbone_is_a_plain_vit_that_computes_the_same() -> None:
     model, images, _ = job()
     plain_vit = model.backbone()
@@ -190,6 +245,7 @@ def test_fresh_weights_are_maes() -> None:
         ({"teacher": replace(SMALL.teacher, top_k=17)}, "method.teacher.top_k", "1 and the 16 patches"),
         ({"teacher": replace(SMALL.teacher, layers=0)}, "method.teacher.layers", "at least 1"),
         ({"teacher": replace(SMALL.teacher, temperature=0.0)}, "method.teacher.temperature", "above 0"),
+        ({"teacher": replace(SMALL.teacher, checkpoint="")}, "method.teacher.checkpoint", "name the file .* untrained"),
     ],
 )
 def test_sizes_that_do_not_fit_name_the_key(change: dict, key: str, message: str) -> None:
@@ -201,13 +257,12 @@ def test_sizes_that_do_not_fit_name_the_key(change: dict, key: str, message: str
 @pytest.mark.parametrize(
     ("change", "key", "message"),
     [
-        ({"checkpoint": ""}, "checkpoint", "name the file of the teacher's weights, or untrained"),
-        ({"checkpoint": "/nowhere/ibot.pth"}, "checkpoint", "'/nowhere/ibot.pth': cannot be read: No such file"),
+        ({"checkpoint": "/nowhere/a.pth"}, "checkpoint", "'/nowhere/a.pth': cannot be read: No such file .*; name the"),
         ({"name": "vit_basic"}, "name", "'vit_basic': timm has no such model"),
         ({"name": "resnet18"}, "name", "cannot build|no plain ViT"),
         ({"name": "test_vit3"}, "name", "no plain ViT with one class token|cannot build"),
         ({"name": "vit_tiny_patch16_224"}, "name", "has width 192, 3 heads"),
-        ({"layers": 7}, "layers", "test_vit has only 6"),
+        ({"layers": 7}, "layers", "= 7: test_vit has only 6 blocks"),
     ],
 )
 def test_a_teacher_that_cannot_teach_is_one_message(change: dict, key: str, message: str) -> None:

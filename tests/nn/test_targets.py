@@ -33,6 +33,14 @@ def test_normalisation_pools_channels_with_unbiased_variance() -> None:
     torch.testing.assert_close(normal * deviation + mean, patch)
 
 
+def test_normalisation_adds_1e_6_to_the_variance() -> None:
+    patch = torch.tensor([0.0, 1e-3, 2e-3, 5e-3], dtype=torch.float64)  # squared deviations 4, 1, 0 and 9, in 1e-6
+    variance = 14e-6 / 3
+    normal, _, _ = normalise_patches(patch)
+    expected = (patch - 2e-3) / (variance + 1e-6) ** 0.5
+    torch.testing.assert_close(normal, expected, rtol=1e-12, atol=0)
+
+
 def test_a_flat_patch_normalises_to_zero() -> None:
     assert normalise_patches(torch.full((1, 1, 12), 0.7, dtype=torch.float64))[0].abs().max() < 1e-9
 

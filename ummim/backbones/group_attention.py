@@ -18,6 +18,8 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ummim.nn.attention import biased_attention
+
 CACHED = 64  # groupings kept: a forward of four stages needs at most eight
 
 
@@ -192,11 +194,7 @@ class GroupAttention(nn.Module):
         if order is not None:
             qkv = qkv.index_select(3, order)  # (3, B, heads, g * G, d)
         q, k, v = qkv.reshape(3, b, self.num_heads * groups, size, -1)
-        bias = self.bias(bias_index)
-        if x.is_cpu:  # the fused CPU kernel has no gradient for a bias
-            x = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + bias).softmax(dim=-1) @ v
-        else:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))  # (B, heads * g, G, d)
+        x = biased_attention(q, k, v, self.bias(bias_index))  # (B, heads * g, G, d)
         x = x.reshape(b, self.num_heads, groups * size, -1).transpose(1, 2)  # (B, g * G, heads, d)
         if place is not None:
             x = x.index_select(1, place)

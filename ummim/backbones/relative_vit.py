@@ -14,7 +14,10 @@ from torch.nn import functional as F
 
 from ummim.backbones.vit import PatchEmbed
 from ummim.masking import MaskPlan
+from ummim.nn.attention import biased_attention
 from ummim.nn.layers import LayerNorm, every_token, take, take_patches
+
+ROW_UNIT = 8  # elements: PyTorch copies a bias for its memory-efficient attention unless rows are aligned to this
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,17 @@ class RelativePositionBias(nn.Module):
         rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
         self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """(B, n) grid ids -> (B, heads, 1 + n, 1 + n): for sequences of a class token and the tokens at ``ids``."""
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, n) grid ids -> (B, heads, 1 + n, 1 + n): for sequences of a class token and the tokens at ``ids``.
+
+        Its rows lie ``ROW_UNIT`` elements apart or a multiple of that, and it is cast once, so that all blocks' kernels
+        take this very tensor; else each would keep a copy for its backward pass.
+        """
         index = relative_index(ids, self.grid)
-        # (B, heads, 1 + n, 1 + n), laid out anew because fused kernels need its last stride 1
-        return F.embedding(index, self.relative_position_bias_table).permute(0, 3, 1, 2).contiguous()
+        keys = index.shape[2]
+        index = F.pad(index, (0, -keys % ROW_UNIT))  # (B, 1 + n, m): the columns beyond are cut off below
+        bias = F.embedding(index, self.relative_position_bias_table).to(dtype)  # (B, 1 + n, m, heads)
+        return bias.permute(0, 3, 1, 2).contiguous()[..., :keys]  # fused kernels need the last stride to be 1
 
 
 class BiasedLinear(nn.Linear):
@@ -92,14 +101,7 @@ class Attention(nn.Module):
         b, n, dim = x.shape
         qkv = self.qkv(x, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))  # (B, n, 3D)
         q, k, v = qkv.view(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, n, D / heads)
-        if bias is None:
-            x = F.scaled_dot_product_attention(q, k, v)
-        elif x.is_cpu:
-            # The fused CPU kernel has no gradient for a bias and steps in only where none is wanted, so the forward
-            # of reentrant checkpointing and its recomputation would differ in the last bit.
-            x = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + bias).softmax(dim=-1) @ v
-        else:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        x = F.scaled_dot_product_attention(q, k, v) if bias is None else biased_attention(q, k, v, bias)
         return self.proj(x.transpose(1, 2).reshape(b, n, dim))
 
 
@@ -194,7 +196,7 @@ class RelativeViT(nn.Module):
         between the last block and the norm.
         """
         x, ids = self.embed(images, plan)
-        bias = None if self.rel_pos_bias is None else self.rel_pos_bias(ids)  # (1 or B, heads, 1 + n, 1 + n)
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias(ids, x.dtype)  # (1 or B, heads, 1 + n, 1 + n)
         for block in self.blocks:
             x = block(x, bias)
         if plan is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ummim.backbones.pyramid import Hiding, PatchMerge, Pyramid
-from ummim.backbones.window import Geometry, merge_windows, partition, window_geometry
+from ummim.backbones.window import Geometry, attend, merge_windows, partition, window_geometry
 from ummim.masking import MaskPlan
 from ummim.nn.layers import LayerNorm, init_mae
 
@@ -52,7 +52,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def bias(self, differences: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
-        """(L, 2), (B', nW, n, n), (nW, n, n) -> (B', nW, heads, n, n).
+        """(L, 2), (1 or B, 1 or nW, n, n), (nW, n, n) -> (1 or B, 1 or nW, heads, n, n).
 
         Distinct differences are few, so the MLP runs once on each and the pairs look their value up.
         """
@@ -65,16 +65,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, differences: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
         """(B, nW, n, C) -> (B, nW, n, C)."""
-        b, windows, n, c = x.shape
-        q, k, v = self.qkv(x).view(b * windows, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        bias = self.bias(differences, index, mask).expand(b, windows, -1, -1, -1).flatten(0, 1)
-        if x.is_cpu:
-            # The fused CPU kernel has no gradient for a bias and steps in only where none is wanted, so the forward
-            # of reentrant checkpointing and its recomputation would differ in the last bit.
-            x = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + bias).softmax(dim=-1) @ v
-        else:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B * nW, heads, n, C / heads)
-        return self.proj(x.transpose(1, 2).reshape(b, windows, n, c))
+        return self.proj(attend(self.qkv(x), self.num_heads, self.bias(differences, index, mask)))
 
 
 class SwinBlock(nn.Module):
@@ -157,11 +148,11 @@ class Swin(Pyramid):
         for s, stage in enumerate(self.stages):
             if s:
                 rows, cols = rows[:, ::2, ::2], cols[:, ::2, ::2]  # a merged token keeps its top-left coordinate
-            geometry = [
-                window_geometry(rows, cols, self.config.window_size, shifted, stage=s, compact=compact)
-                for shifted in (False, True)
-            ]
-            x = stage(x, *geometry)
+            window = self.config.window_size
+            plain = shifted = window_geometry(rows, cols, window, shifted=False, stage=s, compact=compact)
+            if window < rows.shape[1]:  # else there is one window, and nothing to shift
+                shifted = window_geometry(rows, cols, window, shifted=True, stage=s, compact=compact)
+            x = stage(x, plain, shifted)
         return self.norm(x)
 
 

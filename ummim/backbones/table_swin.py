@@ -14,7 +14,7 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ummim.backbones.window import merge_windows, partition, shift_mask
+from ummim.backbones.window import attend, merge_windows, partition, shift_mask
 from ummim.masking import MaskPlan
 from ummim.nn.layers import PatchConv, every_token, take_patches
 
@@ -70,7 +70,8 @@ class TableSwinConfig:
             if window < 1 or side % window:
                 yield (
                     "method.encoder.window_size",
-                    f"a window of {self.window_size} does not divide the {side}x{side} tokens of stage {stage + 1}",
+                    f"a window of {self.window_size} does not divide the {side}x{side} tokens of stage {stage + 1}; "
+                    f"choose a divisor of {side}",
                 )
 
 
@@ -108,25 +109,14 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def bias(self, index: Tensor, mask: Tensor | None, batch: int) -> Tensor:
-        """(n, n), (nW, n, n) -> (1 or B * nW, heads, n, n)."""
-        bias = F.embedding(index, self.relative_position_bias_table).permute(2, 0, 1).contiguous()[None]
-        if mask is None:
-            return bias
-        return (bias + mask[:, None].to(bias.dtype)).expand(batch, -1, -1, -1, -1).flatten(0, 1)
+    def bias(self, index: Tensor, mask: Tensor | None) -> Tensor:
+        """(n, n), (nW, n, n) -> (1, 1 or nW, heads, n, n): the same for every sample."""
+        bias = F.embedding(index, self.relative_position_bias_table).permute(2, 0, 1).contiguous()  # (heads, n, n)
+        return bias[None, None] if mask is None else (bias + mask[:, None].to(bias.dtype))[None]
 
     def forward(self, x: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
         """(B, nW, n, C) -> (B, nW, n, C)."""
-        b, windows, n, c = x.shape
-        q, k, v = self.qkv(x).view(b * windows, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        bias = self.bias(index, mask, b)
-        if x.is_cpu:
-            # The fused CPU kernel has no gradient for a bias and steps in only where none is wanted, so the forward
-            # of reentrant checkpointing and its recomputation would differ in the last bit.
-            x = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + bias).softmax(dim=-1) @ v
-        else:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))  # (B * nW, heads, n, C / heads)
-        return self.proj(x.transpose(1, 2).reshape(b, windows, n, c))
+        return self.proj(attend(self.qkv(x), self.num_heads, self.bias(index, mask)))
 
 
 class Block(nn.Module):

@@ -6,6 +6,7 @@ Source: "Towards Sustainable Self-supervised Learning" (TEC; Gao et al., 2022), 
 import argparse
 import os
 import pickle
+import struct
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ummim.nn.layers import take
+from ummim.nn.attention import exact_product
+from ummim.nn.layers import exact, take
 
 UNTRAINED = "untrained"
 CONTAINERS = ("state_dict", "model", "student")
@@ -98,11 +100,11 @@ class Teacher(nn.Module):
             patches, cls = outputs[-2]  # the last block's input
             tokens = self.last.norm1(torch.cat([cls, patches], dim=1))  # (B, 1 + N, D)
         k = self.project(tokens[:, 1:], 1, dtype).transpose(2, 3)  # (B, heads, d, N)
-        seen = self.project(tokens[:, :1], 0, dtype) @ k  # (B, heads, 1, N), the class token's
+        seen = exact_product(self.project(tokens[:, :1], 0, dtype), k)  # (B, heads, 1, N), the class token's
         queries = seen.mean(1)[:, 0].topk(self.top_k).indices  # (B, k)
         chosen = torch.cat([tokens[:, :1], take(tokens[:, 1:], queries)], dim=1)  # (B, 1 + k, D)
-        attention = self.project(chosen, 0, dtype) * self.last.attn.scale @ k  # (B, heads, 1 + k, N)
-        features = torch.stack([_exact(tokens) for tokens, _ in outputs[-self.layers :]]).mean(0)
+        attention = exact_product(self.project(chosen, 0, dtype) * self.last.attn.scale, k)  # (B, heads, 1 + k, N)
+        features = torch.stack([exact(tokens) for tokens, _ in outputs[-self.layers :]]).mean(0)
         return Lesson(features, queries, attention)
 
     @property
@@ -117,7 +119,7 @@ class Teacher(nn.Module):
         with _precision(tokens, dtype):
             x = F.linear(tokens, attn.qkv.weight.chunk(3)[part], bias)
             x = x.unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
-            return _exact((attn.k_norm if part else attn.q_norm)(x))
+            return exact((attn.k_norm if part else attn.q_norm)(x))
 
 
 def build_vit(name: str, image_size: int) -> VisionTransformer:
@@ -163,7 +165,7 @@ def load_vit(vit: VisionTransformer, path: str | os.PathLike[str]) -> None:
     }
     told = [f"{what}: {_listed(keys)}" for what, keys in problems.items() if keys]
     if told:
-        raise ValueError(f"holds other weights than the teacher's: {'; '.join(told)}")
+        raise ValueError(f"holds other weights than method.teacher.name's: {'; '.join(told)}")
     vit.load_state_dict({key: tensors[key] for key in own})
 
 
@@ -174,8 +176,11 @@ def _read(path: str) -> Mapping[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAE and iBOT store their arguments
             held = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror or error}") from None
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"cannot be read: {error.strerror or error}; name the file of the teacher's weights, or {UNTRAINED} for "
+            "a trial"
+        ) from None
+    except (pickle.UnpicklingError, struct.error, SafetensorError, RuntimeError, EOFError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot be read as a checkpoint: {reason}") from None
     if not isinstance(held, Mapping):
@@ -199,7 +204,3 @@ def _precision(images: Tensor, dtype: torch.dtype) -> AbstractContextManager[Any
     if dtype in (torch.bfloat16, torch.float16) and not images.is_meta:  # meta tensors have no autocast
         return torch.autocast(images.device.type, dtype)
     return nullcontext()
-
-
-def _exact(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ummim.nn.attention import biased_attention
+
 TILE = 4  # a mask patch is 4x4 first-stage tokens
 
 
@@ -30,6 +32,26 @@ def merge_windows(x: Tensor, window: int, height: int, width: int) -> Tensor:
     b, _, _, c = x.shape
     x = x.view(b, height // window, width // window, window, window, c)
     return x.transpose(2, 3).reshape(b, height, width, c)
+
+
+def attend(qkv: Tensor, num_heads: int, bias: Tensor) -> Tensor:
+    """Multi-head attention within windows.
+
+    Args:
+        qkv: (B, nW, n, 3C) queries, keys and values of the windows' tokens.
+        num_heads: heads.
+        bias: (1 or B, 1 or nW, heads, n, n), as few as there are: none is repeated for other samples or windows.
+
+    Returns:
+        (B, nW, n, C).
+    """
+    b, windows, n, _ = qkv.shape
+    q, k, v = qkv.view(b, windows, n, 3, num_heads, -1).permute(3, 0, 1, 4, 2, 5)  # each (B, nW, heads, n, d)
+    if bias.shape[:2] in ((1, 1), (b, windows)):  # windows count as samples
+        x = biased_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias.flatten(0, 1))
+    else:  # one set of windows for all samples: windows count as heads
+        x = biased_attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias.flatten(1, 2))
+    return x.reshape(b, windows, num_heads, n, -1).transpose(2, 3).reshape(b, windows, n, -1)
 
 
 def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:

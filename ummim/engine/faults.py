@@ -106,6 +106,26 @@ def raise_together(error: Exception, world: World) -> None:
     sys.exit(EXIT_USER)
 
 
+def on_every_rank(function: Callable[[], T], world: World) -> T:
+    """Run ``function`` on every rank and give its result. If it ends by a user's mistake on any of them, the first
+    such rank tells and all end: for what each rank does for itself, such as reading a file that one node may lack.
+    """
+    error: Exception | None = None
+    try:
+        result = function()
+    except Exception as caught:
+        if describe(caught) is None:
+            raise
+        error = caught
+    failed = [False] * world.size
+    dist.all_gather_object(failed, error is not None)
+    if not any(failed):
+        return result
+    if error is not None and failed.index(True) == world.rank:
+        raise error
+    sys.exit(EXIT_USER)
+
+
 def on_main(function: Callable[[], T], world: World) -> T:
     """Run ``function`` on rank 0 and give its result, or its end by a user's mistake, to every rank."""
     outcome: list[Any] = [None, False]

@@ -8,10 +8,10 @@ from ummim.masking.compiled import compiled
 
 @compiled
 def furthest(masked: np.ndarray, width: int, keep: int, first: int) -> np.ndarray:
-    """Greedy max-min selection of ``keep`` of the ascending ids ``masked`` (M,), in the order of selection.
+    """Greedy max-min selection of ``keep`` of the ids ``masked`` (M,), in the order of selection.
 
     ``first`` is a position in ``masked``. Each round keeps the token with the largest Euclidean distance to its
-    nearest kept one; ties go to the lowest id. Squared integer distances: exact, O(keep * M).
+    nearest kept one; ties go to the first in the list. Squared integer distances: exact, O(keep * M).
     """
     count = masked.shape[0]
     kept = np.empty(keep, np.int64)

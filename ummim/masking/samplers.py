@@ -27,6 +27,10 @@ class MaskConfig:
         secondary_ratio: share of the visible tokens replaced by a shared mask token (UM-MAE).
         throwing: how thrown tokens are chosen when the throwing ratio is above 0: ``furthest`` keeps evenly
             spread tokens (PR-MIM), ``random`` is its baseline.
+        ties: which of several furthest tokens is kept: a ``random`` one, or the one of the ``lowest`` id, which leans
+            to the top left. PR-MIM does not say.
+        throw_unit: side, in tokens, of the squares that are thrown; it must divide ``unit``. On SimMIM's ViT the
+            paper leaves open whether tokens (1) or units of 32 pixels (2) are thrown.
         unit: side, in tokens, of the squares that a random mask is drawn in (SimMIM: 32 pixels, 2 tokens of a ViT).
         shared_by: consecutive samples of a global batch that have one mask in common (GreenMIM); 1: each its own.
     """
@@ -35,6 +39,8 @@ class MaskConfig:
     ratio: float = 0.75
     secondary_ratio: float = 0.0
     throwing: Literal["furthest", "random"] = "furthest"
+    ties: Literal["random", "lowest"] = "random"
+    throw_unit: int = 1
     unit: int = 1
     shared_by: int = 1
 
@@ -65,9 +71,18 @@ def _shuffle(values: np.ndarray, count: int, seed: np.uint64, counter: int) -> i
 
 
 @compiled
+def _fill(tokens: np.ndarray, square: int, across: int, side: int) -> None:
+    """Set the (h * w,) tokens of a square to True; squares have ``side`` tokens a side, ``across`` of them a row."""
+    width = across * side
+    corner = square // across * side * width + square % across * side
+    for row in range(side):
+        tokens[corner + row * width : corner + row * width + side] = True
+
+
+@compiled
 def _draw(
     seed: np.uint64, height: int, width: int, uniform: bool, unit: int, visible_count: int, hidden_count: int,
-    thrown_count: int, by_distance: bool,
+    thrown_count: int, throw_unit: int, by_distance: bool, random_ties: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     tokens = height * width
     is_visible = np.zeros(tokens, np.bool_)
@@ -88,9 +103,7 @@ def _draw(
         order = np.arange(tokens // unit**2)
         counter = _shuffle(order, visible_count // unit**2, seed, counter)
         for square in order[: visible_count // unit**2]:
-            corner = square // across * unit * width + square % across * unit
-            for row in range(unit):
-                is_visible[corner + row * width : corner + row * width + unit] = True
+            _fill(is_visible, square, across, unit)
         visible = np.flatnonzero(is_visible)
 
     secondary = np.zeros(visible_count, np.bool_)
@@ -100,18 +113,25 @@ def _draw(
         secondary[order[:hidden_count]] = True
 
     masked = np.flatnonzero(~is_visible)
-    keep = masked.shape[0] - thrown_count
     if thrown_count == 0:
         return visible, secondary, masked, masked[:0]
+    across = width // throw_unit
+    corners = masked[(masked // width % throw_unit == 0) & (masked % width % throw_unit == 0)]
+    squares = corners // width // throw_unit * across + corners % width // throw_unit  # ids on their own grid
+    keep = squares.shape[0] - thrown_count // throw_unit**2
     if by_distance:
-        first = int(_below(seed, counter, masked.shape[0]))
-        kept = furthest(masked, width, keep, first)
+        first = 0
+        if random_ties:  # ties go to the first in the list
+            _shuffle(squares, squares.shape[0], seed, counter)
+        else:
+            first = int(_below(seed, counter, squares.shape[0]))
+        squares[:keep] = furthest(squares, across, keep, first)
     else:
-        order = masked.copy()
-        _shuffle(order, keep, seed, counter)
-        kept = order[:keep]
-    is_visible[kept] = True  # from here on: neither visible nor kept means thrown
-    return visible, secondary, np.sort(kept), np.flatnonzero(~is_visible)
+        _shuffle(squares, keep, seed, counter)
+    for square in squares[:keep]:
+        _fill(is_visible, square, across, throw_unit)
+    kept = masked[is_visible[masked]]
+    return visible, secondary, kept, np.flatnonzero(~is_visible)
 
 
 class PlanSampler:
@@ -124,7 +144,8 @@ class PlanSampler:
 
     Raises:
         ValueError: a mask that leaves no visible or no masked token, an odd grid under ``uniform``, or a
-            throwing ratio that leaves no kept token, or units that do not tile the grid.
+            throwing ratio that leaves no kept token, units that do not tile the grid, or thrown squares that do
+            not divide the units.
     """
 
     def __init__(self, grid: tuple[int, int], config: MaskConfig, throw_ratio: float = 0.0) -> None:
@@ -139,7 +160,10 @@ class PlanSampler:
             raise ValueError(f"units of {config.unit} tokens do not tile a {config.kind} mask on the grid {h}x{w}")
         # MAE's truncation of a float product: 49 visible of 196. In units, SimMIM's: 30 masked of 49.
         self.visible_count = int(tokens // area * (1 - config.ratio)) * area
-        self.thrown_count = int(throw_ratio * tokens)
+        square = config.throw_unit**2  # tokens
+        if config.throw_unit < 1 or config.unit % config.throw_unit:
+            raise ValueError(f"squares of {config.throw_unit} tokens do not divide the mask's units of {config.unit}")
+        self.thrown_count = int(throw_ratio * (tokens // square)) * square
         self.kept_count = tokens - self.visible_count - self.thrown_count
         self.secondary_count = self.visible_count - int(self.visible_count * (1 - config.secondary_ratio))
         if not 0 < self.visible_count < tokens:
@@ -154,7 +178,8 @@ class PlanSampler:
         return SamplePlan(
             *_draw(
                 np.uint64(seed), h, w, self.compact, self.config.unit, self.visible_count, self.secondary_count,
-                self.thrown_count, self.config.throwing == "furthest",
+                self.thrown_count, self.config.throw_unit, self.config.throwing == "furthest",
+                self.config.ties == "random",
             )
         )  # fmt: skip
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ummim.backbones.relative_vit import RelativeViTConfig
 from ummim.backbones.vit import ViTConfig
-from ummim.masking import AttentionMaskConfig, AttentionSampler
+from ummim.errors import RecipeError
+from ummim.masking import AttentionMaskConfig, AttentionSampler, MaskConfig
 from ummim.methods import mae, simmim
 from ummim.methods.api import Method, MethodConfig
 from ummim.nn.aggregation import PartialConfig
@@ -68,10 +69,20 @@ class Config(MethodConfig):
         yield from self.framework.check_sizes(image_size)
         if self.attention.refresh_epochs < 1:
             yield "method.attention.refresh_epochs", "must be at least 1"
+        (h, w), unit, masked = self.mask_grid(image_size), self.attention.unit, self.attention.masked
+        if unit < 1 or h % unit or w % unit:
+            yield "method.attention.unit", f"units of {unit} tokens do not tile the grid {h}x{w}; choose a divisor"
+        if not 0 < masked < 1:
+            yield "method.attention.masked", "is a share of all tokens: choose a value between 0 and 1, such as 0.45"
         try:
-            AttentionSampler(self.mask_grid(image_size), self.attention)
+            AttentionSampler((h, w), self.attention)
         except ValueError as error:
-            yield "method.attention", str(error)
+            yield "method.attention.thrown", f"{error}: masked and thrown together must stay below 1"
+
+    def check(self, image_size: int, mask: MaskConfig, throw_ratio: float) -> None:
+        if throw_ratio > 0:
+            raise RecipeError("AMT throws by itself: set method.attention.thrown, and this to 0", key="throw_ratio")
+        super().check(image_size, mask, throw_ratio)
 
     def build(self, image_size: int, partial: PartialConfig, throwing: bool) -> "AMTMAE | AMTSimMIM":
         framework = self.framework

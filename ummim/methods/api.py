@@ -4,9 +4,9 @@ A method file defines ``Config(MethodConfig)`` and a ``Method`` that composes an
 a head and a loss, and maps (images, plan) to :class:`MIMOutput`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -51,6 +51,10 @@ class Method(nn.Module):
     def backbone(self) -> nn.Module:
         """What is exported and fine-tuned: the encoder, as a plain model of its kind."""
         return self.encoder
+
+    def frozen(self) -> nn.Module | None:
+        """What runs in every step and is never trained, its weights kept as buffers: a teacher."""
+        return None
 
     def blocks(self) -> list[nn.Module]:
         """The Transformer blocks, the units of activation checkpointing."""
@@ -104,6 +108,10 @@ class MethodConfig:
         """(h, w) of the token grid that masks are drawn on."""
         raise NotImplementedError
 
+    def files(self) -> Mapping[str, str]:
+        """Files that a run reads besides the shards: the recipe's key -> the path."""
+        return {}
+
     def for_inference(self) -> "MethodConfig":
         """The same model without what only training needs, such as a teacher's file."""
         return self
@@ -124,6 +132,9 @@ class MethodConfig:
         """
         for key, problem in self.check_sizes(image_size):
             raise RecipeError(problem, key=key)
+        for section in ("encoder", "decoder"):
+            for key, problem in check_blocks(f"method.{section}", getattr(self, section, None)):
+                raise RecipeError(problem, key=key)
         method = type(self).__module__.rsplit(".", 1)[-1]
         if mask.kind not in self.mask_kinds:
             raise RecipeError(
@@ -135,10 +146,33 @@ class MethodConfig:
             )
         if self.shared_mask and mask.shared_by == 1:
             raise RecipeError(
-                f"{method} computes one mask for a whole micro-batch; set it to 64, say", "mask.shared_by"
+                f"{method} computes one mask for a whole micro-batch; set it to a divisor of global_batch, such as 64",
+                "mask.shared_by",
             )
         if throw_ratio > 0 and not self.partial_reconstruction:
-            raise RecipeError(f"{method} has no partial reconstruction (PR-MIM); set it to 0", key="throw_ratio")
+            raise RecipeError(
+                f"{method} has no partial reconstruction (PR-MIM) with this encoder; set it to 0", key="throw_ratio"
+            )
+
+
+def check_blocks(section: str, sizes: Any) -> Iterable[tuple[str, str]]:
+    """The complaints of an encoder's or a decoder's config without blocks, with MLPs without width, or with a chance of
+    drop path that is none."""
+    for key, least in (("depth", 1), ("depths", 1), ("mlp_ratio", 0.01), ("mlp_ratios", 0.01)):
+        value = getattr(sizes, key, least)
+        if min(value if isinstance(value, tuple) else (value,)) < least:
+            yield f"{section}.{key}", f"must be at least {least}"
+    if not 0 <= getattr(sizes, "drop_path", 0) < 1:
+        yield f"{section}.drop_path", "is a chance: choose a value in [0, 1), such as 0.1"
+
+
+def check_patches(image_size: int, patch: int) -> Iterable[tuple[str, str]]:
+    """The complaint of an image that a ViT's patches do not tile, if it is one."""
+    if patch < 1:
+        yield "method.encoder.patch_size", "must be at least 1"
+    elif image_size < patch or image_size % patch:
+        near = max(1, round(image_size / patch)) * patch
+        yield "data.image_size", f"{image_size} pixels are no multiple of the patch size {patch}; use {near}, say"
 
 
 def check_heads(section: str, width: int, heads: int) -> Iterable[tuple[str, str]]:

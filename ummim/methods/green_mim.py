@@ -77,7 +77,7 @@ class GreenMIM(Method):
         self.grid = self.encoder.grid
         self.embed = nn.Linear(self.encoder.embed_dim, dim)
         self.decoder = Decoder(self.grid, config.decoder, cls_token=False)
-        self.aggregation = build_aggregation(partial or PartialConfig(), throwing, dim)
+        self.aggregation = build_aggregation(partial or PartialConfig(), throwing, self.grid, dim)
         self.head = PixelHead(dim, self.patch_size)
         self.embed.apply(init_mae)
 
@@ -88,7 +88,7 @@ class GreenMIM(Method):
         self.check_inputs(images, plan)
         latent = self.encoder(images, plan)  # (B, V, 8C)
         visible, kept = self.decoder(self.embed(latent), plan)  # (B, V, d), (B, K, d)
-        tokens, ids = self.aggregation(visible, kept, plan)  # (B, n, d), (B, n)
-        pixels = self.head(tokens)  # (B, n, p * p * 3)
+        tokens, ids = self.aggregation(visible, kept, plan, self.head.norm)  # (B, n, d), (B, n)
+        pixels = self.head.pred(tokens)  # (B, n, p * p * 3)
         target = pixel_targets(images, ids, self.patch_size, self.norm_pix_loss)
         return MIMOutput(mean_squared_error(pixels, target), pixels, ids, self.grid[0] * self.grid[1])

@@ -118,7 +118,11 @@ class Config(MethodConfig):
         yield from check_width("method.encoder", encoder.embed_dim, encoder.num_heads)
         taps = self.decoded_blocks(encoder.depth)
         if len(taps) != 4 or list(taps) != sorted(set(taps) & set(range(encoder.depth))):
-            yield "method.taps", f"{list(taps)} are not four ascending indices of the encoder's {encoder.depth} blocks"
+            yield (
+                "method.taps",
+                f"{list(taps)}{'' if self.taps else ', the default,'} are not four ascending indices of the encoder's "
+                f"{encoder.depth} blocks: give others, from 0 to {encoder.depth - 1}",
+            )
         for key in ("row_major_merge", "legacy_coordinates"):
             if getattr(self, key):
                 yield f"method.{key}", "is an option of the Swin encoder; leave it out"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ummim.backbones.vit import ViT, ViTConfig
 from ummim.masking import MaskPlan
-from ummim.methods.api import Method, MethodConfig, MIMOutput, check_width
+from ummim.methods.api import Method, MethodConfig, MIMOutput, check_patches, check_width
 from ummim.nn.aggregation import PartialConfig, build_aggregation
 from ummim.nn.decoder import Decoder, DecoderConfig, PixelHead
 from ummim.nn.layers import init_mae
@@ -39,9 +39,7 @@ class Config(MethodConfig):
         return image_size // self.encoder.patch_size, image_size // self.encoder.patch_size
 
     def check_sizes(self, image_size: int) -> Iterable[tuple[str, str]]:
-        patch = self.encoder.patch_size
-        if patch < 1 or image_size % patch:
-            yield "data.image_size", f"{image_size} pixels are no multiple of the patch size {patch}"
+        yield from check_patches(image_size, self.encoder.patch_size)
         yield from check_width("method.encoder", self.encoder.embed_dim, self.encoder.num_heads)
         yield from check_width("method.decoder", self.decoder.embed_dim, self.decoder.num_heads)
 
@@ -65,7 +63,7 @@ class MAE(Method):
         self.grid = self.encoder.grid
         self.embed = nn.Linear(config.encoder.embed_dim, dim)
         self.decoder = Decoder(self.grid, config.decoder, cls_token=True)
-        self.aggregation = build_aggregation(partial or PartialConfig(), throwing, dim)
+        self.aggregation = build_aggregation(partial or PartialConfig(), throwing, self.grid, dim)
         self.head = PixelHead(dim, self.patch_size)
         self.embed.apply(init_mae)
 
@@ -76,7 +74,7 @@ class MAE(Method):
         self.check_inputs(images, plan)
         latent = self.encoder(images, plan)  # (B, 1 + V, D)
         visible, kept = self.decoder(self.embed(latent), plan)  # (B, V, d), (B, K, d)
-        tokens, ids = self.aggregation(visible, kept, plan)  # (B, n, d), (B, n)
-        pixels = self.head(tokens)  # (B, n, p * p * 3)
+        tokens, ids = self.aggregation(visible, kept, plan, self.head.norm)  # (B, n, d), (B, n)
+        pixels = self.head.pred(tokens)  # (B, n, p * p * 3)
         target = pixel_targets(images, ids, self.patch_size, self.norm_pix_loss)
         return MIMOutput(mean_squared_error(pixels, target), pixels, ids, self.grid[0] * self.grid[1])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ummim.backbones.vit import ViT, ViTConfig
 from ummim.errors import RecipeError
 from ummim.masking import MaskConfig, MaskPlan
-from ummim.methods.api import Method, MethodConfig, MIMOutput, check_width
+from ummim.methods.api import Method, MethodConfig, MIMOutput, check_patches, check_width
 from ummim.nn.aggregation import PartialConfig, build_aggregation
 from ummim.nn.decoder import Decoder, DecoderConfig, PixelHead
 from ummim.nn.layers import init_mae
@@ -46,13 +46,12 @@ class Config(MethodConfig):
         return image_size // self.encoder.patch_size, image_size // self.encoder.patch_size
 
     def check_sizes(self, image_size: int) -> Iterable[tuple[str, str]]:
-        patch, depth = self.encoder.patch_size, self.encoder.depth
-        if patch < 1 or image_size % patch:
-            yield "data.image_size", f"{image_size} pixels are no multiple of the patch size {patch}"
+        depth = self.encoder.depth
+        yield from check_patches(image_size, self.encoder.patch_size)
         yield from check_width("method.encoder", self.encoder.embed_dim, self.encoder.num_heads)
         yield from check_width("method.decoder", self.decoder.embed_dim, self.decoder.num_heads)
         if not self.taps or list(self.taps) != sorted(set(self.taps) & set(range(depth))):
-            yield "method.taps", f"{self.taps} must be ascending indices of the {depth} blocks, 0 to {depth - 1}"
+            yield "method.taps", f"must be ascending indices of the encoder's {depth} blocks, from 0 to {depth - 1}"
 
     def check(self, image_size: int, mask: MaskConfig, throw_ratio: float) -> None:
         super().check(image_size, mask, throw_ratio)
@@ -100,7 +99,7 @@ class MFF(Method):
         self.fusion = Fusion(config.encoder.embed_dim, len(config.taps))
         self.embed = nn.Linear(config.encoder.embed_dim, dim)
         self.decoder = Decoder(self.grid, config.decoder, cls_token=True)
-        self.aggregation = build_aggregation(partial or PartialConfig(), throwing, dim)
+        self.aggregation = build_aggregation(partial or PartialConfig(), throwing, self.grid, dim)
         self.head = PixelHead(dim, self.patch_size)
         self.embed.apply(init_mae)
         for name, parameter in self.encoder.named_parameters():  # mmpretrain's one difference to MAE
@@ -115,7 +114,7 @@ class MFF(Method):
         layers = self.encoder.features(images, plan, self.taps)  # of (B, 1 + V, D)
         latent = self.encoder.norm(self.fusion(layers))  # (B, 1 + V, D)
         visible, kept = self.decoder(self.embed(latent), plan)  # (B, V, d), (B, K, d)
-        tokens, ids = self.aggregation(visible, kept, plan)  # (B, n, d), (B, n)
-        pixels = self.head(tokens)  # (B, n, p * p * 3)
+        tokens, ids = self.aggregation(visible, kept, plan, self.head.norm)  # (B, n, d), (B, n)
+        pixels = self.head.pred(tokens)  # (B, n, p * p * 3)
         target = pixel_targets(images, ids, self.patch_size, self.norm_pix_loss)
         return MIMOutput(mean_squared_error(pixels, target), pixels, ids, self.grid[0] * self.grid[1])

@@ -23,7 +23,7 @@ from ummim.backbones.relative_vit import RelativeViT, RelativeViTConfig
 from ummim.backbones.swin import Swin, SwinConfig
 from ummim.backbones.table_swin import UNIT, TableSwin, TableSwinConfig
 from ummim.masking import MaskPlan
-from ummim.methods.api import Method, MethodConfig, MIMOutput, check_heads
+from ummim.methods.api import Method, MethodConfig, MIMOutput, check_heads, check_patches
 from ummim.methods.um_mae import ShuffleEmbed, check_pyramid
 from ummim.nn.aggregation import PartialConfig, build_aggregation
 from ummim.nn.layers import init_mae, take
@@ -70,16 +70,12 @@ class Config(MethodConfig):
         if isinstance(encoder, (SwinConfig, PVTConfig)):
             yield from check_pyramid(encoder, image_size, compact=False)
             return
-        if not 0 <= encoder.drop_path < 1:
-            yield "method.encoder.drop_path", "is a chance: choose a value in [0, 1), such as 0.1"
         if isinstance(encoder, TableSwinConfig):
             yield from encoder.check_windows(image_size)
             for stage in range(4):
                 yield from check_heads("method.encoder", encoder.embed_dim * 2**stage, encoder.num_heads[stage])
         else:
-            patch = encoder.patch_size
-            if patch < 1 or image_size % patch:
-                yield "data.image_size", f"{image_size} pixels are no multiple of the patch size {patch}"
+            yield from check_patches(image_size, encoder.patch_size)
             yield from check_heads("method.encoder", encoder.embed_dim, encoder.num_heads)
 
     def build(self, image_size: int, partial: PartialConfig, throwing: bool) -> "SimMIM":
@@ -108,7 +104,7 @@ class SimMIM(Method):
         else:
             self.head = PixelHead(dim, self.patch_size)
             self.epsilon = 1e-5
-        self.aggregation = build_aggregation(partial or PartialConfig(), throwing, dim)
+        self.aggregation = build_aggregation(partial or PartialConfig(), throwing, self.grid, dim)
 
     def blocks(self) -> list[nn.Module]:
         if isinstance(self.encoder, RelativeViT):
@@ -121,8 +117,8 @@ class SimMIM(Method):
         x = self.encoder(images, plan)  # the ViT's (B, V + K, D) before its norm, others' normed (B, h', w', C)
         if isinstance(self.encoder, RelativeViT):
             visible, kept = x.split([plan.visible.shape[1], plan.kept.shape[1]], dim=1)
-            tokens, ids = self.aggregation(visible, kept, plan)  # (B, n, D), (B, n)
-            return self.head(self.encoder.norm(tokens)), ids
+            tokens, ids = self.aggregation(visible, kept, plan, self.encoder.norm)  # (B, n, D), (B, n)
+            return self.head(tokens), ids
         if plan.thrown.shape[1]:
             raise ValueError("this encoder needs every token of the map: it takes no plan with thrown tokens")
         if isinstance(self.encoder, TableSwin):

@@ -8,8 +8,8 @@ Source: "Towards Sustainable Self-supervised Learning" (Gao et al., 2022), secti
            │                                                      └─> embed, mask tokens ─> decoder ─> queries, keys
            └─ whole image ──> frozen teacher ──> features, attention of the class token and the top patches
 
-Under partial reconstruction (PR-MIM) thrown tokens leave the feature pass, as in MAE. The attention pass decodes all
-patches: each is a key of every query.
+Under partial reconstruction (PR-MIM) thrown tokens leave both passes and are filled in after each: the attention
+pass, too, needs every patch in the end, as a key of every query.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ from ummim.backbones.teacher import UNTRAINED, Teacher, TeacherConfig, build_vit
 from ummim.backbones.vit import ViT, ViTConfig
 from ummim.errors import RecipeError
 from ummim.masking import MaskPlan
-from ummim.methods.api import Method, MethodConfig, MIMOutput, check_width
+from ummim.methods.api import Method, MethodConfig, MIMOutput, check_patches, check_width
 from ummim.nn.aggregation import PartialConfig, build_aggregation
 from ummim.nn.decoder import DecoderConfig
 from ummim.nn.layers import init_mae, take
@@ -42,20 +42,23 @@ class Config(MethodConfig):
         teacher: the frozen teacher.
         attention_scale: what the student's attention logits are multiplied by: ``width`` is the encoder's width to
             the power -1/2, as in the official code, ``head`` that of one head, as in every attention.
+        attention_pass: under partial reconstruction, tokens are ``thrown`` from the attention pass too, and filled
+            in before queries and keys are made of them; or it decodes the ``whole`` grid. With nothing to fill them
+            in (``partial.aggregation: none``) it always decodes the whole grid: each patch is a key of every query.
     """
 
     encoder: ViTConfig = field(default_factory=ViTConfig)
     decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(depth=2))
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     attention_scale: Literal["width", "head"] = "width"
+    attention_pass: Literal["thrown", "whole"] = "thrown"
 
     def mask_grid(self, image_size: int) -> tuple[int, int]:
         return image_size // self.encoder.patch_size, image_size // self.encoder.patch_size
 
     def check_sizes(self, image_size: int) -> Iterable[tuple[str, str]]:
         encoder, teacher = self.encoder, self.teacher
-        if encoder.patch_size < 1 or image_size % encoder.patch_size:
-            yield "data.image_size", f"{image_size} pixels are no multiple of the patch size {encoder.patch_size}"
+        yield from check_patches(image_size, encoder.patch_size)
         yield from check_width("method.encoder", encoder.embed_dim, encoder.num_heads)
         yield from check_width("method.decoder", self.decoder.embed_dim, self.decoder.num_heads)
         if encoder.depth < 1 or encoder.depth % GROUP:
@@ -67,6 +70,12 @@ class Config(MethodConfig):
             yield "method.teacher.layers", "must be at least 1"
         if teacher.temperature <= 0:
             yield "method.teacher.temperature", "must be above 0"
+        if not teacher.checkpoint:
+            yield "method.teacher.checkpoint", f"name the file of the teacher's weights, or {UNTRAINED} for a trial"
+
+    def files(self) -> dict[str, str]:
+        checkpoint = self.teacher.checkpoint
+        return {} if checkpoint == UNTRAINED else {"method.teacher.checkpoint": checkpoint}
 
     def for_inference(self) -> "Config":
         """The same student, for the use of what it has learnt: the teacher's file is not read."""
@@ -106,6 +115,7 @@ class TEC(Method):
     ) -> None:
         super().__init__()
         width, dim = config.encoder.embed_dim, config.decoder.embed_dim
+        partial = partial or PartialConfig()
         self.patch_size = config.encoder.patch_size
         self.temperature = config.teacher.temperature
         self.encoder = TokenViT(image_size, config.encoder)
@@ -113,10 +123,12 @@ class TEC(Method):
         self.adaptor = Adaptor(width, config.encoder.depth, int(config.decoder.mlp_ratio * dim))
         self.decoder = SharedDecoder(self.grid, config.decoder)
         self.feature_embed = MaskedEmbed(width, dim)
-        self.aggregation = build_aggregation(partial or PartialConfig(), throwing, dim)
+        self.aggregation = build_aggregation(partial, throwing, self.grid, dim)
         self.feature_head = FeatureHead(dim, width)
         self.attention_embed = MaskedEmbed(width, dim)
         heads = config.encoder.num_heads
+        self.throws_attention = throwing and partial.aggregation != "none" and config.attention_pass == "thrown"
+        self.attention_aggregation = build_aggregation(partial, self.throws_attention, self.grid, dim)
         scale = (width if config.attention_scale == "width" else width // heads) ** -0.5
         self.attention_head = AttentionHead(dim, width, heads, scale)
         self.teacher = teacher
@@ -124,6 +136,9 @@ class TEC(Method):
     def backbone(self) -> ViT:
         """The encoder as a plain ViT, whose class token is what the MLP makes of it."""
         return self.encoder.plain()
+
+    def frozen(self) -> nn.Module:
+        return self.teacher
 
     def blocks(self) -> list[nn.Module]:
         return [*self.encoder.blocks, *self.decoder.blocks]
@@ -135,18 +150,29 @@ class TEC(Method):
         lesson = self.teacher(images, latent.dtype)
         decoded = torch.cat([plan.visible, plan.kept], dim=1)  # (B, V + K)
         everything = torch.cat([plan.visible, plan.masked], dim=1)  # (B, N)
+        attended = decoded if self.throws_attention else everything  # (B, V + m)
         feature_pass, attention_pass = self.decoder(
             self.feature_embed(latent, plan.kept.shape[1]),
             decoded,
-            self.attention_embed(latent, plan.masked.shape[1]),
-            everything,
-        )  # (B, 1 + V + K, d), (B, 1 + N, d)
+            self.attention_embed(latent, attended.shape[1] - plan.visible.shape[1]),
+            attended,
+        )  # (B, 1 + V + K, d), (B, 1 + V + m, d)
         _, visible, kept = feature_pass.split([1, plan.visible.shape[1], plan.kept.shape[1]], dim=1)
-        tokens, ids = self.aggregation(visible, kept, plan)  # (B, n, d), (B, n)
-        features = self.feature_head(tokens)  # (B, n, D)
-        logits = self.attention_head(attention_pass, everything, lesson.queries)  # (B, heads, 1 + k, N)
+        tokens, ids = self.aggregation(visible, kept, plan, self.feature_head.norm)  # (B, n, d), (B, n)
+        features = self.feature_head.pred(tokens)  # (B, n, D)
+        sequence = self.fill_attention(attention_pass, plan)  # (B, 1 + N, d)
+        logits = self.attention_head(sequence, everything, lesson.queries)  # (B, heads, 1 + k, N)
         loss = feature_loss(features, lesson.features, ids) + attention_loss(logits, lesson.attention, self.temperature)
         return MIMOutput(loss, features, ids, self.grid[0] * self.grid[1])
+
+    def fill_attention(self, sequence: Tensor, plan: MaskPlan) -> Tensor:
+        """The attention pass's class token, visible and other decoded tokens -> those of all patches, normed."""
+        norm = self.attention_head.norm
+        if not self.throws_attention:
+            return norm(sequence)
+        rest, visible, kept = sequence.split([1, plan.visible.shape[1], plan.kept.shape[1]], dim=1)
+        masked, _ = self.attention_aggregation(visible, kept, plan, norm)  # (B, M, d)
+        return torch.cat([norm(torch.cat([rest, visible], dim=1)), masked], dim=1)
 
 
 class TokenViT(ViT):
@@ -197,20 +223,18 @@ def build_teacher(config: Config, image_size: int) -> Teacher:
             "name",
             teacher.name,
             f"has width {vit.embed_dim}, {heads} heads and a grid of {vit.patch_embed.grid_size}; the encoder it "
-            f"teaches has {encoder.embed_dim}, {encoder.num_heads} and {grid}",
+            f"teaches has {encoder.embed_dim}, {encoder.num_heads} and {grid}: choose one that fits the other",
         )
     if teacher.layers > len(vit.blocks):
-        raise _fault("layers", str(teacher.layers), f"{teacher.name} has only {len(vit.blocks)}")
+        raise _fault("layers", teacher.layers, f"{teacher.name} has only {len(vit.blocks)} blocks; average fewer")
     if teacher.checkpoint != UNTRAINED and not next(vit.parameters()).is_meta:
         try:
-            if not teacher.checkpoint:
-                raise ValueError(f"name the file of the teacher's weights, or {UNTRAINED} for a trial")
             load_vit(vit, teacher.checkpoint)
         except ValueError as error:
             raise _fault("checkpoint", teacher.checkpoint, str(error)) from None
     return Teacher(vit, teacher.layers, teacher.top_k)
 
 
-def _fault(key: str, value: str, problem: str) -> RecipeError:
+def _fault(key: str, value: object, problem: str) -> RecipeError:
     """Teachers are built after the recipe was read, so the message itself names key and value."""
     return RecipeError(f"method.teacher.{key} = {value!r}: {problem}", key=f"method.teacher.{key}")

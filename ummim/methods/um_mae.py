@@ -22,7 +22,7 @@ from ummim.backbones.pyramid import MASK_PATCH, TOKEN
 from ummim.backbones.swin import Swin, SwinBlock, SwinConfig
 from ummim.backbones.vit import ViT, ViTConfig
 from ummim.masking import MaskPlan
-from ummim.methods.api import Method, MethodConfig, MIMOutput, check_heads, check_width
+from ummim.methods.api import Method, MethodConfig, MIMOutput, check_heads, check_patches, check_width
 from ummim.nn.aggregation import PartialConfig, build_aggregation
 from ummim.nn.decoder import Decoder, DecoderConfig, PixelHead
 from ummim.nn.layers import init_mae
@@ -65,9 +65,7 @@ class Config(MethodConfig):
 
     def check_sizes(self, image_size: int) -> Iterable[tuple[str, str]]:
         if isinstance(self.encoder, ViTConfig):
-            patch = self.encoder.patch_size
-            if patch < 1 or image_size % patch:
-                yield "data.image_size", f"{image_size} pixels are no multiple of the patch size {patch}"
+            yield from check_patches(image_size, self.encoder.patch_size)
             yield from check_width("method.encoder", self.encoder.embed_dim, self.encoder.num_heads)
             if self.legacy_decoder_order:
                 yield "method.legacy_decoder_order", "the official ViT's order is right; set it to false"
@@ -102,7 +100,7 @@ class UMMAE(Method):
         flat = isinstance(self.encoder, ViT)
         self.embed = nn.Linear(self.encoder.embed_dim, dim) if flat else ShuffleEmbed(self.encoder.embed_dim, dim)
         self.decoder = Decoder(self.grid, config.decoder, cls_token=flat)
-        self.aggregation = build_aggregation(partial or PartialConfig(), throwing, dim)
+        self.aggregation = build_aggregation(partial or PartialConfig(), throwing, self.grid, dim)
         self.head = PixelHead(dim, self.patch_size)
         self.embed.apply(init_mae)
 
@@ -117,8 +115,8 @@ class UMMAE(Method):
         latent = self.encoder(images, plan)  # a pyramid's (B, h/4, w/4, 8C), a ViT's (B, 1 + V, D)
         visible_at = plan.visible.sort(dim=1).values if self.legacy_decoder_order else None
         visible, kept = self.decoder(self.embed(latent), plan, visible_at)  # (B, V, d), (B, K, d)
-        tokens, ids = self.aggregation(visible, kept, plan)  # (B, n, d), (B, n)
-        pixels = self.head(tokens)  # (B, n, p * p * 3)
+        tokens, ids = self.aggregation(visible, kept, plan, self.head.norm)  # (B, n, d), (B, n)
+        pixels = self.head.pred(tokens)  # (B, n, p * p * 3)
         target = pixel_targets(images, ids, self.patch_size, self.norm_pix_loss)
         return MIMOutput(mean_squared_error(pixels, target), pixels, ids, self.grid[0] * self.grid[1])
 
@@ -150,7 +148,8 @@ def check_pyramid(encoder: SwinConfig | PVTConfig, image_size: int, compact: boo
             if ratio < 1 or side % ratio:
                 yield (
                     "method.encoder.sr_ratios",
-                    f"squares of {ratio} do not divide the {side}x{side} tokens of stage {stage + 1}",
+                    f"squares of {ratio} do not divide the {side}x{side} tokens of stage {stage + 1}; "
+                    f"choose a divisor of {side}",
                 )
         else:
             dim = encoder.embed_dim * 2**stage
@@ -158,7 +157,8 @@ def check_pyramid(encoder: SwinConfig | PVTConfig, image_size: int, compact: boo
             if window < 1 or side % window:
                 yield (
                     "method.encoder.window_size",
-                    f"a window of {encoder.window_size} does not divide the {side}x{side} tokens of stage {stage + 1}",
+                    f"a window of {encoder.window_size} does not divide the {side}x{side} tokens of stage {stage + 1}; "
+                    f"choose a divisor of {side}",
                 )
         yield from check_heads("method.encoder", dim, encoder.num_heads[stage])
     if isinstance(encoder, PVTConfig) and (encoder.embed_dims[0] < 4 or encoder.embed_dims[0] % 4):

@@ -77,7 +77,10 @@ class Decoder(nn.Module):
 
 
 class PixelHead(nn.Module):
-    """Final norm and linear prediction of a patch's pixels: (B, n, D) -> (B, n, p * p * 3)."""
+    """Final norm and linear prediction of a patch's pixels: (B, n, D) -> (B, n, p * p * 3).
+
+    A method with an aggregation applies the two apart: the norm is part of the aggregation's step.
+    """
 
     def __init__(self, dim: int, patch: int) -> None:
         super().__init__()

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ummim.nn.layers import exact
+
 
 class HOG(nn.Module):
     """Images -> a map of histograms for each side of a cell. Nothing here is trained.
@@ -34,7 +36,7 @@ class HOG(nn.Module):
 
         A channel's histogram has length 1, unless the channel is constant over the cell (then 0).
         """
-        gradients = sobel(images.to(torch.promote_types(images.dtype, torch.float32)))
+        gradients = sobel(exact(images))
         if self.biased:
             biases = [self.get_buffer(f"bias_{k}").to(gradients[0].dtype) for k in range(len(self.cells))]
             maps = [

@@ -35,6 +35,11 @@ def sincos_table(dim: int, grid: tuple[int, int], cls_token: bool = False) -> Te
     return table.float()[None]
 
 
+def exact(x: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 if that is what it is: what targets and losses are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def take(tokens: Tensor, ids: Tensor) -> Tensor:
     """(B, N, C), (B, n) -> (B, n, C): the tokens at ``ids``."""
     return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))

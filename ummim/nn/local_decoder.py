@@ -41,7 +41,7 @@ class TokenDeconv(nn.ConvTranspose2d):
 
 
 class FineHead(nn.Module):
-    """Norm, then each token's cells: 1, 2x2 or 4x4 of them, for masked tokens only.
+    """Each normed token's cells: 1, 2x2 or 4x4 of them, for masked tokens only.
 
     Args:
         grid: (h, w) of the tokens.
@@ -68,14 +68,14 @@ class FineHead(nn.Module):
         self.pred = nn.Sequential(*layers[doublings])
 
     def forward(self, visible: Tensor, tokens: Tensor, ids: Tensor, plan: MaskPlan) -> LocalPrediction:
-        """Visible tokens (B, V, D), masked ones (B, n, D) and their ids (B, n) -> their n * 4**doublings cells."""
-        x = self.pred(self.norm(tokens))  # (B, n, [2, 2,] [2, 2,] F)
+        """Visible tokens (B, V, D), normed masked ones (B, n, D), their ids (B, n) -> their n * 4**doublings cells."""
+        x = self.pred(tokens)  # (B, n, [2, 2,] [2, 2,] F)
         x = x.transpose(3, 4) if self.doublings == 2 else x  # (B, n, rows 2, 2, columns 2, 2, F)
         return LocalPrediction(x.flatten(1, -2), finer_cells(ids, self.width, 2**self.doublings), None)
 
 
 class CoarseHead(nn.Module):
-    """Norm, then the mean of every 2x2 tokens, visible ones included, and its prediction.
+    """The mean of every 2x2 normed tokens, visible ones included, and its prediction.
 
     A cell counts in the loss as far as it is masked: 1/4 for each predicted token.
     """
@@ -87,8 +87,8 @@ class CoarseHead(nn.Module):
         self.pred = nn.Linear(dim, out)
 
     def forward(self, visible: Tensor, tokens: Tensor, ids: Tensor, plan: MaskPlan) -> LocalPrediction:
-        """Visible tokens (B, V, D), masked ones (B, n, D) and their ids (B, n) -> all h / 2 * w / 2 cells."""
-        x = self.norm(torch.cat([visible, tokens], dim=1))  # (B, V + n, D)
+        """Visible tokens (B, V, D), normed masked ones (B, n, D), their ids (B, n) -> all h / 2 * w / 2 cells."""
+        x = torch.cat([self.norm(visible), tokens], dim=1)  # (B, V + n, D)
         b, _, d = x.shape
         at = torch.cat([plan.visible, ids], dim=1)  # (B, V + n)
         h, w = self.grid
@@ -119,7 +119,7 @@ class LocalDecoder(nn.Module):
         grid: tuple[int, int],
         encoder_dim: int,
         config: DecoderConfig,
-        head: nn.Module,
+        head: FineHead | CoarseHead,
         cls_token: bool,
         partial: PartialConfig,
         throwing: bool,
@@ -127,14 +127,14 @@ class LocalDecoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(encoder_dim, config.embed_dim)
         self.decoder = Decoder(grid, config, cls_token)
-        self.aggregation = build_aggregation(partial, throwing, config.embed_dim)
+        self.aggregation = build_aggregation(partial, throwing, grid, config.embed_dim)
         self.head = head
         self.embed.apply(init_mae)
 
     def forward(self, latent: Tensor, plan: MaskPlan) -> LocalPrediction:
         """(B, [1 +] V, D), visible tokens in the plan's order, and a plan on this scale's grid."""
         visible, kept = self.decoder(self.embed(latent), plan)  # (B, V, d), (B, K, d)
-        tokens, ids = self.aggregation(visible, kept, plan)  # (B, n, d), (B, n)
+        tokens, ids = self.aggregation(visible, kept, plan, self.head.norm)  # (B, n, d), (B, n)
         return self.head(visible, tokens, ids, plan)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ummim.nn.layers import take_patches
+from ummim.nn.layers import exact, take_patches
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
@@ -34,7 +34,7 @@ def normalise_patches(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def pixel_targets(images: Tensor, ids: Tensor, patch: int, norm_pix: bool) -> Tensor:
     """(B, C, H, W), (B, n) -> (B, n, p * p * C): the target pixels of the patches at ``ids``."""
     pixels = take_patches(images, ids, patch).permute(0, 1, 3, 4, 2).flatten(2)  # (B, n, p*p*C)
-    pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
+    pixels = exact(pixels)
     return normalise_patches(pixels)[0] if norm_pix else pixels
 
 

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ummim.nn.attention import exact_product
 from ummim.nn.decoder import DecoderConfig
 from ummim.nn.layers import LayerNorm, init_mae, sincos_table, take
 
@@ -95,7 +96,7 @@ class SharedDecoder(nn.Module):
 
 
 class FeatureHead(nn.Module):
-    """Final norm and linear prediction of the teacher's features: (B, n, d) -> (B, n, D)."""
+    """Final norm and linear prediction of the teacher's features, applied apart: (B, n, d) -> (B, n, D)."""
 
     def __init__(self, dim: int, out: int) -> None:
         super().__init__()
@@ -120,7 +121,8 @@ class QueryKey(nn.Linear):
 
 
 class AttentionHead(nn.Module):
-    """Final norm, and the attention logits of the class token and of some patches over all patches."""
+    """Final norm, which the caller applies, and the attention logits of the class token and of some patches over all
+    patches."""
 
     def __init__(self, dim: int, width: int, heads: int, scale: float) -> None:
         super().__init__()
@@ -130,12 +132,10 @@ class AttentionHead(nn.Module):
         self.apply(init_mae)
 
     def forward(self, sequence: Tensor, at: Tensor, queries: Tensor) -> Tensor:
-        """A class token and all patches (B, 1 + N, d), the patches' ids (B, N), and the ids of queries (B, k) ->
-        (B, heads, 1 + k, N), keys row-major, float32 or better."""
-        sequence = self.norm(sequence)
+        """A class token and all patches (B, 1 + N, d), normed; the patches' ids (B, N); and the ids of queries (B, k)
+        -> (B, heads, 1 + k, N), keys row-major, float32 or better."""
         patches = take(sequence[:, 1:], at.argsort(dim=1))  # (B, N, d), row-major
         chosen = torch.cat([sequence[:, :1], take(patches, queries)], dim=1)  # (B, 1 + k, d)
         q, k = self.qk(chosen, patches)  # (B, 1 + k, D), (B, N, D)
         q, k = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k))  # (B, heads, 1 + k, .), (.., N, .)
-        exact = torch.promote_types(q.dtype, torch.float32)
-        return q.to(exact) @ k.to(exact).transpose(2, 3) * self.scale
+        return exact_product(q, k.transpose(2, 3)) * self.scale
