@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 BORDERS = {
     "ummim/masking": {"ummim.masking"},
     "ummim/nn": {"ummim.nn", "ummim.masking"},
-    "ummim/backbones": {"ummim.backbones", "ummim.nn", "ummim.masking"},
+    "ummim/backbones": {"ummim.backbones", "ummim.nn", "ummim.masking", "ummim.checkpoint_file"},
     "ummim/methods": {"ummim.methods", "ummim.backbones", "ummim.nn", "ummim.masking", "ummim.errors"},
     "ummim/data": {"ummim.data", "ummim.masking", "ummim.errors"},
     "ummim/engine": {"ummim.engine", "ummim.errors", "ummim.recipe", "ummim.run_plan"},

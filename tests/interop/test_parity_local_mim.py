@@ -72,8 +72,8 @@ def decoder(k: int, encoder_dim: int, dim: int, tokens: int) -> dict[str, list[i
 
 
 def hog_keys(bias: bool) -> dict[str, list[int]]:
-    keys = {f"hog_enc.{k}.conv.bias": [2] for k in range(4 if bias else 0)}
-    return {**keys, **{f"hog_enc.{k}.conv.weight": [2, 1, 3, 3] for k in range(4)}}
+    leaves = {"weight": [2, 1, 3, 3], "bias": [2]} if bias else {"weight": [2, 1, 3, 3]}
+    return {f"hog_enc.{k}.conv.{leaf}": shape for k in range(4) for leaf, shape in leaves.items()}
 
 
 def vit_keys(dim: int, depth: int, bins: int, bias: bool) -> dict[str, list[int]]:

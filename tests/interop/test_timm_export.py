@@ -10,13 +10,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from ummim.backbones.swin import Swin, SwinConfig
 from ummim.backbones.vit import ViT, ViTConfig
 from ummim.errors import UserError
 from ummim.interop import export_timm, write_timm
 from ummim.interop.timm import TIMM_VITS
-from ummim.methods import mae
+from ummim.methods import mae, tec
 from ummim.nn.decoder import DecoderConfig
 
 
@@ -102,6 +103,20 @@ def test_a_whole_method_exports_its_encoder() -> None:
     assert tensors.keys() == expected.keys()
     assert "mask_token" not in tensors
     assert tensors["pos_embed"].equal(expected["pos_embed"])
+
+
+def test_a_method_exports_its_backbone() -> None:
+    """TEC's encoder has an MLP on its class token, which its backbone has not."""
+    encoder = ViTConfig(patch_size=16, embed_dim=64, depth=3, num_heads=2)
+    method = tec.TEC(64, tec.Config(encoder, DecoderConfig(16, 1, 4)), nn.Identity())
+    tensors, name, kwargs = export_timm(method)
+    twin: Any = timm.create_model(name, **kwargs)
+    twin.load_state_dict(tensors, strict=True)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = method.backbone()(images)
+        torch.testing.assert_close(method.encoder(images), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(twin.eval().forward_features(images), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_encoder_without_a_twin_in_timm_is_the_users_mistake(tmp_path: Path) -> None:

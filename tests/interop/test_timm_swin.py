@@ -103,9 +103,17 @@ def test_another_window_and_size_after_timms_resizing() -> None:
 
 @pytest.mark.parametrize(
     ("config", "image_size"),
-    [(RelativeViTConfig(8, 48, 3, 3, 2.0), 48), (RelativeViTConfig(16, 96, 2, 4), 224)],
+    [
+        (RelativeViTConfig(8, 48, 3, 3, 2.0), 48),
+        (RelativeViTConfig(16, 96, 2, 4), 224),
+        (RelativeViTConfig(8, 48, 2, 3, relative_position=False, absolute_position=True), 48),  # AMT's
+        (RelativeViTConfig(8, 48, 2, 3, absolute_position=True), 48),
+        (RelativeViTConfig(8, 48, 2, 3, relative_position=False), 48),
+    ],
 )
-def test_simmims_vit_is_a_beit_with_one_table(tmp_path: Path, config: RelativeViTConfig, image_size: int) -> None:
+def test_simmims_vit_is_a_beit_with_at_most_one_table(
+    tmp_path: Path, config: RelativeViTConfig, image_size: int
+) -> None:
     encoder = shaken(RelativeViT(image_size, config))
     tensors, name, kwargs, eps = written(encoder, tmp_path / "vit.safetensors")
     assert eps == "1e-06"

@@ -1,4 +1,4 @@
-"""UM-MAE's official checkpoints on ViT and PVT, in and out, and every family's missing keys."""
+"""UM-MAE's official checkpoints on ViT and PVT, in and out."""
 
 from typing import Any
 
@@ -71,17 +71,6 @@ def test_saving_inverts_loading_and_the_loss_stays(family: str, throwing: bool, 
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name for name, parameter in loaded.named_parameters() if parameter.grad is not None} == trained
     assert loss_of(loaded.double().half().double(), throw).isfinite()
-
-
-@pytest.mark.parametrize("family", SIZES)
-def test_any_missing_key_is_named(family: str) -> None:
-    tensors = save_official(small(family), family)
-    optional = {"vis_mask_token"}
-    for key in tensors.keys() - optional:
-        without = {name: tensor for name, tensor in tensors.items() if name != key}
-        with pytest.raises(ValueError, match="missing keys:") as error:
-            load_official(family, without, **SIZES[family])
-        assert f"missing keys: {key}" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,7 @@
 Source: "Towards Sustainable Self-supervised Learning" (TEC; Gao et al., 2022), section 3.
 """
 
-import argparse
 import os
-import pickle
-import struct
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,13 +11,12 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ummim.checkpoint_file import read_checkpoint_file
 from ummim.nn.attention import exact_product
 from ummim.nn.layers import exact, take
 
@@ -171,21 +167,12 @@ def load_vit(vit: VisionTransformer, path: str | os.PathLike[str]) -> None:
 
 def _read(path: str) -> Mapping[str, Any]:
     try:
-        if path.endswith(".safetensors"):
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # MAE and iBOT store their arguments
-            held = torch.load(path, map_location="cpu", weights_only=True)
+        return read_checkpoint_file(path)
     except OSError as error:
         raise ValueError(
             f"cannot be read: {error.strerror or error}; name the file of the teacher's weights, or {UNTRAINED} for "
             "a trial"
         ) from None
-    except (pickle.UnpicklingError, struct.error, SafetensorError, RuntimeError, EOFError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot be read as a checkpoint: {reason}") from None
-    if not isinstance(held, Mapping):
-        raise ValueError(f"holds a {type(held).__name__}, not a state dict")
-    return held
 
 
 def _encoder_tensors(held: Mapping[str, Any]) -> dict[str, Tensor]:

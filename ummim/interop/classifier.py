@@ -11,10 +11,11 @@ from ummim.backbones.pyramid import TOKEN
 from ummim.backbones.swin import Swin
 from ummim.backbones.vit import ViT
 from ummim.downstream.classify import Classifier, Encoder
+from ummim.interop.errors import OfficialError
 from ummim.interop.families import mae, um_mae
 from ummim.interop.family import rename
-from ummim.interop.official import check_keys, read_checkpoint
-from ummim.interop.sizes import Sizes, Tensors, collect_sizes, fitting, one, shape_of
+from ummim.interop.official import assign, check_keys, read_checkpoint
+from ummim.interop.sizes import Sizes, Tensors, collect_sizes, fitting, one, table_side
 from ummim.methods.um_mae import Config, check_pyramid
 
 FINE_TUNED_SIZE = 256  # pixels, of UM-MAE's pyramids
@@ -53,12 +54,12 @@ def load_official_classifier(
         A module: ``model(images)`` gives logits (B, num_classes). A ViT's and a PVT's position table is a parameter.
 
     Raises:
-        ValueError: an unknown family or size, sizes that do not fit each other, an unreadable file, or keys
+        OfficialError: an unknown family or size, sizes that do not fit each other, an unreadable file, or keys
             that are missing, left over or of another shape; the message names them.
         OSError: a file that cannot be opened.
     """
     if family not in CLASSIFIERS:
-        raise ValueError(f"family {family!r} has no classifier; those that have one are: {', '.join(CLASSIFIERS)}")
+        raise OfficialError(f"family {family!r} has no classifier; those that have one are: {', '.join(CLASSIFIERS)}")
     kind = CLASSIFIERS[family]
     tensors, _ = read_checkpoint(checkpoint)
     with torch.device("meta"):  # shapes only: every tensor comes from the checkpoint
@@ -67,8 +68,7 @@ def load_official_classifier(
     own, names = model.state_dict(), kind.names(model)
     shapes = {official: _shape(official, own[ours]) for official, ours in names.items()}
     check_keys(f"fine-tuned {family}", tensors, shapes)
-    loaded = {ours: tensors[key].detach().clone().reshape(own[ours].shape) for key, ours in names.items()}
-    model.load_state_dict(loaded, assign=True)
+    assign(model, tensors, names)
     return model
 
 
@@ -92,7 +92,7 @@ def _swin(tensors: Tensors, sizes: Sizes) -> Swin:
 
 
 def _pvt(tensors: Tensors, sizes: Sizes) -> PVT:
-    image_size = one(sizes, "img_size", int(shape_of(tensors, "pos_embed", 1, 4096) ** 0.5) * TOKEN)
+    image_size = one(sizes, "img_size", (table_side(tensors, "pos_embed") or FINE_TUNED_SIZE // TOKEN) * TOKEN)
     config = um_mae.pvt_config(tensors, sizes, default_ratios=(8, 4, 2, 1))
     fitting(check_pyramid(config, image_size, compact=False))
     return PVT(image_size, config, secondary=False, final_norm=False)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ummim.interop.errors import OfficialError
 from ummim.interop.sizes import Sizes, Tensors
 from ummim.methods.api import Method
 
@@ -21,19 +22,24 @@ def _always(model: Any) -> bool:
     return True
 
 
+def _all_said(model: Any) -> str:
+    return ""
+
+
 class Family(NamedTuple):
     """One kind of official model.
 
     Attributes:
         method: the class of our module.
         build: our module from the checkpoint's tensors and the sizes given (each under one spelling;
-            ``norm_pix_loss`` always there). Raises ValueError where they do not fit each other.
+            ``norm_pix_loss`` always there). Raises OfficialError where they do not fit each other.
         sizes: keywords of ``load_official``.
         names: model -> {official key: our key of its state dict}, in the official order.
         pointwise: official keys that are 1x1 convolutions there and linear layers here.
         constants: official keys of fixed tensors that we compute instead of storing (indices, masks): they must be
             equal on loading, and are written on saving.
         accepts: whether a model of the class ``method`` is of this family.
+        unsaid: what the format cannot say of a model of this family, an option's name in front; empty: nothing.
         norm_pix: the published models' ``norm_pix_loss``, where neither call nor checkpoint tell.
     """
 
@@ -44,6 +50,7 @@ class Family(NamedTuple):
     pointwise: Callable[[str], bool] = _never
     constants: Callable[[Any], dict[str, Tensor]] = _none
     accepts: Callable[[Any], bool] = _always
+    unsaid: Callable[[Any], str] = _all_said
     norm_pix: bool = True
 
     def shape(self, official: str, shape: Sequence[int]) -> tuple[int, ...]:
@@ -56,13 +63,15 @@ def rename(model: Any, prefixes: Sequence[tuple[str, str]]) -> dict[str, str]:
     order of the rows is the order of the keys; within a row our order is kept.
 
     Raises:
-        ValueError: one of our keys fits no row.
+        OfficialError: one of our keys fits no row.
     """
     ranked: list[tuple[int, str, str]] = []
     for ours in model.state_dict():
         place = next((i for i, (prefix, _) in enumerate(prefixes) if ours.startswith(prefix)), None)
         if place is None:
-            raise ValueError(f"{ours} has no official name")
+            raise OfficialError(
+                f"{ours} has no official name, so this {type(model).__name__} cannot be written as such"
+            )
         ranked.append((place, ours.replace(*prefixes[place], 1), ours))
     ranked.sort(key=lambda entry: entry[0])  # stable
     return {official: ours for _, official, ours in ranked}

@@ -5,19 +5,20 @@ The official behaviour is kept, quirks included: importing sets a method's ``leg
 
 import argparse
 import os
-import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ummim.checkpoint_file import read_checkpoint_file
+from ummim.interop.errors import OfficialError
 from ummim.interop.families import green_mim, local_mim, mae, mff, simmim, um_mae
 from ummim.interop.family import Family
 from ummim.interop.sizes import collect_sizes
 from ummim.methods.api import Method
+from ummim.nn.aggregation import PartialConfig, SpatialAggregation
 
 FAMILIES: dict[str, Family] = {
     **mae.FAMILIES,
@@ -46,7 +47,7 @@ def load_official(family: str, checkpoint: str | os.PathLike[str] | Mapping[str,
         A module: ``model(images, plan)`` gives ``.loss`` and ``.prediction``.
 
     Raises:
-        ValueError: an unknown family or size, sizes that do not fit each other, an unreadable file, or keys
+        OfficialError: an unknown family or size, sizes that do not fit each other, an unreadable file, or keys
             that are missing, left over or of another shape; the message names them.
         OSError: a file that cannot be opened.
     """
@@ -59,40 +60,80 @@ def load_official(family: str, checkpoint: str | os.PathLike[str] | Mapping[str,
     constants = kind.constants(model)
     shapes = {official: kind.shape(official, own[ours].shape) for official, ours in names.items()}
     check_keys(family, tensors, {**shapes, **{key: tuple(value.shape) for key, value in constants.items()}})
-    if changed := [key for key, value in constants.items() if not torch.equal(tensors[key].to(value.dtype), value)]:
-        raise ValueError(f"the checkpoint is no {family} of these sizes: fixed tensors differ: {listed(changed)}")
-    loaded = {ours: tensors[key].detach().clone().reshape(own[ours].shape) for key, ours in names.items()}
-    model.load_state_dict(loaded, assign=True)
+    if changed := [
+        key for key, value in constants.items() if not torch.equal(tensors[key], value.to(tensors[key].dtype))
+    ]:
+        raise OfficialError(f"the checkpoint is no {family} of these sizes: fixed tensors differ: {listed(changed)}")
+    assign(model, tensors, names)
     return model
 
 
 def save_official(model: nn.Module, family: str) -> dict[str, Tensor]:
-    """The model's tensors under the official names and shapes; like ``state_dict``, it shares memory with the model.
+    """The model's tensors under the official names and shapes, in the official order; like ``state_dict``, it shares
+    memory with the model. PR-MIM's convolution, which has no official name, is ``pr_dwconv``.
 
-    The order is the official one, but for the fixed tensors that we do not store, which come last.
+    What no official tensor tells, such as heads, taps or a decoder's order, is not in it.
 
     Raises:
-        ValueError: an unknown family, or a model of another one.
+        OfficialError: an unknown family, a model of another one, or one with an option that the family cannot hold.
     """
     kind, own = _lookup(family), model.state_dict()
     saved = {
         official: own[ours].reshape(kind.shape(official, own[ours].shape)).contiguous()
         for official, ours in official_names(model, family).items()
     }
-    return {**saved, **kind.constants(model)}
+    constants = kind.constants(model)
+    return {key: saved[key] if key in saved else constants[key] for key in _in_place(list(saved), constants)}
+
+
+def _in_place(order: list[str], constants: Iterable[str]) -> list[str]:
+    """The order of a state dict: a fixed tensor behind the other tensors of its module, but before those of the
+    module's children. A filter stands before its bias.
+    """
+    for key in constants:
+        module, leaf = key.rsplit(".", 1)
+        inside = [i for i, name in enumerate(order) if name.startswith(f"{module}.")]
+        behind = [i for i in inside if "." in order[i].removeprefix(f"{module}.") or leaf == "weight"]
+        order.insert(behind[0] if behind else inside[-1] + 1 if inside else len(order), key)
+    return order
 
 
 def official_names(model: nn.Module, family: str) -> dict[str, str]:
     """Official name -> our name of every tensor of the model's state dict, in the official order.
 
     Raises:
-        ValueError: an unknown family, or a model of another one.
+        OfficialError: an unknown family, a model of another one, or one with an option that the family cannot hold.
     """
     kind = _lookup(family)
     if not isinstance(model, kind.method) or not kind.accepts(model):
         encoder = type(getattr(model, "encoder", model)).__name__
-        raise ValueError(f"{family} is another model than this {type(model).__name__} on {encoder}")
+        raise OfficialError(f"{family} is another model than this {type(model).__name__} on {encoder}")
+    if unsaid := kind.unsaid(model) or _unsaid_aggregation(model):
+        raise OfficialError(f"{family} cannot hold this {type(model).__name__}: {unsaid}")
     return kind.names(model)
+
+
+def _unsaid_aggregation(model: nn.Module) -> str:
+    """An option of PR-MIM's aggregation that neither names nor shapes tell; empty: none. The kernel's side is told."""
+    for module in model.modules():
+        if isinstance(module, SpatialAggregation):
+            usual = PartialConfig(kernel_size=module.config.kernel_size)
+            for name, value in asdict(module.config).items():
+                if value != getattr(usual, name):
+                    return f"partial.{name} = {value}: only {getattr(usual, name)} can be told from a checkpoint"
+    return ""
+
+
+def assign(model: nn.Module, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+    """Make copies of the tensors the model's own, laid out plainly; ``names`` is {official key: our key}."""
+    own = model.state_dict()
+    model.load_state_dict(
+        {
+            ours: tensors[key].detach().clone(memory_format=torch.contiguous_format).reshape(own[ours].shape)
+            for key, ours in names.items()
+        },
+        assign=True,
+    )
 
 
 def family_of(model: nn.Module) -> str | None:
@@ -103,7 +144,7 @@ def family_of(model: nn.Module) -> str | None:
 
 def _lookup(family: str) -> Family:
     if family not in FAMILIES:
-        raise ValueError(f"family {family!r} is not supported; supported are: {', '.join(FAMILIES)}")
+        raise OfficialError(f"family {family!r} is not supported; supported are: {', '.join(FAMILIES)}")
     return FAMILIES[family]
 
 
@@ -116,29 +157,22 @@ def read_checkpoint(
     inner = next((held[key] for key in ("model", "state_dict") if isinstance(held.get(key), Mapping)), None)
     tensors = held if inner is None else inner
     if not tensors:
-        raise ValueError(f"{where} holds an empty state dict")
+        raise OfficialError(f"{where} holds an empty state dict")
     if strangers := [str(key) for key, value in tensors.items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"{where} holds no state dict, bare or under model or state_dict: {listed(strangers)}")
+        raise OfficialError(f"{where} holds no state dict, bare or under model or state_dict: {listed(strangers)}")
     args = None if inner is None else held.get("args")
     return tensors, vars(args) if isinstance(args, argparse.Namespace) else {}
 
 
 def _read_file(path: str) -> Mapping[str, Any]:
     try:
-        if path.endswith(".safetensors"):
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the official code stores its arguments
-            held = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
-    if not isinstance(held, Mapping):
-        raise ValueError(f"{path} holds a {type(held).__name__}, not a state dict")
-    return held
+        return read_checkpoint_file(path)
+    except ValueError as error:
+        raise OfficialError(f"{path} {error}") from error
 
 
 def check_keys(family: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ValueError, naming them, for keys that are missing, left over or of another shape."""
+    """Raise OfficialError, naming them, for keys that are missing, left over or of another shape."""
     problems = []
     if missing := [key for key in shapes if key not in tensors]:
         problems.append(f"missing keys: {listed(missing)}")
@@ -148,7 +182,7 @@ def check_keys(family: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, 
         each = [f"{key} {tuple(tensors[key].shape)} instead of {shapes[key]}" for key in misfits]
         problems.append(f"mis-shaped keys: {listed(each)}")
     if problems:
-        raise ValueError(f"the checkpoint is no {family} of these sizes: {'; '.join(problems)}")
+        raise OfficialError(f"the checkpoint is no {family} of these sizes: {'; '.join(problems)}")
 
 
 def listed(names: Sequence[str]) -> str:

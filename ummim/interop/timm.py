@@ -48,12 +48,12 @@ TOKENS = ("mask_token", "vis_mask_token")  # of pre-training only
 def export_timm(model: nn.Module) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
     """An encoder's tensors as timm names them, and the timm model that takes them.
 
-    ViTs become timm's ViTs, SimMIM's ViT a BEiT with one shared position table, and Swins timm's Swins. A Swin
-    exported at one window fits another after timm's own resizing: pass the tensors through
+    ViTs become timm's ViTs, SimMIM's ViT a BEiT with one shared position table (AMT's: with a position embedding), and
+    Swins timm's Swins. A Swin exported at one window fits another after timm's own resizing: pass the tensors through
     ``timm.models.swin_transformer.checkpoint_filter_fn(tensors, model)``.
 
     Args:
-        model: an encoder, or a method, of which the encoder is taken.
+        model: an encoder, or a method, of which the backbone is taken.
 
     Returns:
         (tensors, name, kwargs): ``timm.create_model(name, **kwargs)`` loads the tensors with ``strict=True``,
@@ -65,7 +65,7 @@ def export_timm(model: nn.Module) -> tuple[dict[str, Tensor], str, dict[str, Any
     Raises:
         UserError: an encoder that timm has no counterpart of.
     """
-    encoder = model.encoder if isinstance(model, Method) else model
+    encoder = model.backbone() if isinstance(model, Method) else model
     tensors = {name: tensor for name, tensor in encoder.state_dict().items() if name not in TOKENS}
     if isinstance(encoder, ViT):
         name, kwargs = _vit(encoder, TIMM_VITS)
@@ -74,7 +74,10 @@ def export_timm(model: nn.Module) -> tuple[dict[str, Tensor], str, dict[str, Any
         return tensors, name, kwargs
     if isinstance(encoder, RelativeViT):
         name, kwargs = _vit(encoder, TIMM_BEITS)
-        return tensors, name, {**kwargs, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
+        kwargs |= {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": encoder.config.relative_position}
+        if encoder.config.absolute_position:
+            kwargs["use_abs_pos_emb"] = True
+        return tensors, name, kwargs
     if not isinstance(encoder, (TableSwin, SparseSwin)):
         raise UserError(
             f"timm has no model like this {type(encoder).__name__} (position MLPs, convolutional merges), so "

@@ -2,19 +2,32 @@
 and its token coordinates are those of the official pre-training.
 """
 
-from math import isqrt
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ummim.backbones.table_swin import UNIT
-from ummim.interop.families.green_mim import position_indices, swin_config, swin_names
+from ummim.interop.errors import OfficialError
 from ummim.interop.families.mae import vit_config, vit_image_size
+from ummim.interop.families.table_swin import position_indices, stored_window, swin_config, swin_names
 from ummim.interop.family import Family, rename
-from ummim.interop.sizes import VIT_SIZES, Sizes, Tensors, depth_of, fitting, four, mlp_ratio, one, shape_of
+from ummim.interop.sizes import (
+    VIT_SIZES,
+    Sizes,
+    Tensors,
+    agreed,
+    depth_of,
+    fitting,
+    four,
+    mlp_ratio,
+    one,
+    partial,
+    shape_of,
+    table_side,
+)  # fmt: skip
 from ummim.methods import local_mim
-from ummim.nn.aggregation import PartialConfig
 
 LOCAL_SIZES = (*VIT_SIZES, "target", "hog_nbins")
 
@@ -23,29 +36,31 @@ def build_vit(tensors: Tensors, sizes: Sizes) -> local_mim.LocalMIMViT:
     """LocalMIM on a ViT of these sizes; ``taps`` are the decoded blocks, from 0.
 
     Raises:
-        ValueError: sizes that do not fit each other.
+        OfficialError: sizes that do not fit each other.
     """
     encoder, taps = vit_config(tensors, sizes), sizes.get("taps")
     config = local_mim.Config(
         encoder=encoder,
         decoder=decoders(tensors, sizes, heads=8),
         taps=None if taps is None else tuple(taps),
-        **target(tensors, sizes, "decoder.2.pred.0.weight"),
+        **target(tensors, sizes, VIT_PREDICTIONS),
     )
-    image_size = vit_image_size(tensors, sizes, encoder.patch_size)
+    image_size = vit_image_size(tensors, sizes, encoder.patch_size, "decoder.0.pos_embed")
     fitting(config.check_sizes(image_size))
     return local_mim.LocalMIMViT(image_size, config, *partial(tensors))
 
 
 def build_swin(tensors: Tensors, sizes: Sizes) -> local_mim.LocalMIMSwin:
-    """LocalMIM on a Swin of these sizes. Raises ValueError where they do not fit each other."""
-    image_size = one(sizes, "img_size", isqrt(shape_of(tensors, "decoder.3.pos_embed", 1, 49)) * UNIT)
+    """LocalMIM on a Swin of these sizes. Raises OfficialError where they do not fit each other."""
+    tables = [table_side(tensors, f"decoder.{k}.pos_embed") for k in range(4)]
+    sides = [side * UNIT // finer if side else None for side, finer in zip(tables, (4, 2, 1, 1), strict=True)]
+    image_size = one(sizes, "img_size", agreed(stored_window(tensors, 0) * UNIT, *sides))
     config = local_mim.Config(
         encoder=swin_config(tensors, sizes, image_size),
         decoder=decoders(tensors, sizes, heads=4),
         row_major_merge=True,
         legacy_coordinates=True,
-        **target(tensors, sizes, "decoder.3.pred.weight"),
+        **target(tensors, sizes, SWIN_PREDICTIONS),
     )
     fitting(config.check_sizes(image_size))
     return local_mim.LocalMIMSwin(image_size, config, *partial(tensors))
@@ -53,37 +68,34 @@ def build_swin(tensors: Tensors, sizes: Sizes) -> local_mim.LocalMIMSwin:
 
 def decoders(tensors: Tensors, sizes: Sizes, heads: int) -> local_mim.LocalDecoderConfig:
     """The four decoders' sizes; ``decoder_embed_dim`` is one number or four."""
-    dims = [shape_of(tensors, f"decoder.{k}.mask_token", 2, 256) for k in range(4)]
+    places = (("mask_token", 2), ("pos_embed", 2), ("embed.bias", 0))
+    read = [agreed(256, *(shape_of(tensors, f"decoder.{k}.{key}", dim) for key, dim in places)) for k in range(4)]
+    dims = four(sizes, "decoder_embed_dim", lambda: read, growth=1)
     return local_mim.LocalDecoderConfig(
-        embed_dims=four(sizes, "decoder_embed_dim", dims, growth=1),
-        depth=one(sizes, "decoder_depth", depth_of(tensors, r"decoder\.0\.blocks")),
+        embed_dims=dims,
+        depth=one(sizes, "decoder_depth", depth_of(tensors, "decoder.0.blocks")),
         num_heads=one(sizes, "decoder_num_heads", heads),
-        mlp_ratio=one(sizes, "mlp_ratio", mlp_ratio(tensors, "decoder.0.blocks.0", dims[0])),
+        mlp_ratio=mlp_ratio(tensors, "decoder.0.blocks.0", dims[0]),
     )
 
 
-def target(tensors: Tensors, sizes: Sizes, prediction: str) -> dict[str, Any]:
+def target(tensors: Tensors, sizes: Sizes, predictions: Sequence[str]) -> dict[str, Any]:
     """What is predicted, as keywords of the config. The Sobel filters are part of a checkpoint with HOG targets.
 
     Raises:
-        ValueError: an unknown target.
+        OfficialError: an unknown target.
     """
-    stored = any(key.startswith("hog_enc.") for key in tensors)
+    stored = [key for key in tensors if key.startswith("hog_enc.")]
     name = str(sizes.get("target", "hog" if stored else "pixel")).lower()
     if name not in ("hog", "pixel"):
-        raise ValueError(f"target is HOG or Pixel, not {sizes['target']!r}")
+        raise OfficialError(f"target is HOG or Pixel, not {sizes['target']!r}")
+    outs = [shape_of(tensors, f"{module}.{leaf}", 0) for module in predictions for leaf in ("weight", "bias")]
     return {
         "target": name,
-        "hog_bins": one(sizes, "hog_nbins", shape_of(tensors, prediction, 0, 27) // 3),
-        "hog_bias": "hog_enc.0.conv.bias" in tensors,
+        "hog_bins": one(sizes, "hog_nbins", agreed(27, *outs) // 3),
+        "hog_bias": any(key.endswith(".conv.bias") for key in stored),
         "norm_pix_loss": bool(sizes["norm_pix_loss"]),
     }
-
-
-def partial(tensors: Tensors) -> tuple[PartialConfig, bool]:
-    """PR-MIM's aggregations, one for each decoder, are part of the model if their keys are there."""
-    key = "decoder.0.pr_dwconv.weight"
-    return PartialConfig(kernel_size=shape_of(tensors, key, 2, 7)), key in tensors
 
 
 def prefixes(encoder: tuple[tuple[str, str], ...], predictions: tuple[str, str, str, str], ours: str) -> list[Any]:
@@ -101,11 +113,13 @@ def prefixes(encoder: tuple[tuple[str, str], ...], predictions: tuple[str, str, 
             (f"{mine}decoder.blocks.", f"{theirs}blocks."),
             (f"{mine}head.norm.", f"{theirs}norm."),
             (f"{mine}{ours}", f"{theirs}{prediction}"),
-            (f"{mine}aggregation.dwconv.", f"{theirs}pr_dwconv."),  # PR-MIM has no official code: names of our own
+            (f"{mine}aggregation.layer.", f"{theirs}pr_dwconv."),  # PR-MIM has no official code: names of our own
         ]
     return rows + [(f"hog.bias_{k}", f"hog_enc.{k}.conv.bias") for k in range(4)]
 
 
+VIT_PREDICTIONS = tuple(f"decoder.{k}.pred.{layer}" for k, layer in enumerate((4, 1, 0, 1)))  # last layers
+SWIN_PREDICTIONS = tuple(f"decoder.{k}.pred" for k in range(4))
 VIT_PREFIXES = (
     ("encoder.cls_token", "cls_token"),
     ("encoder.pos_embed", "pos_embed"),
@@ -124,7 +138,8 @@ def vit_names(model: local_mim.LocalMIMViT) -> dict[str, str]:
 
 def swin_official_names(model: local_mim.LocalMIMSwin) -> dict[str, str]:
     """{official key: our key}, in the official order."""
-    return swin_names(rename(model, prefixes(SWIN_PREFIXES, ("pred.",) * 4, "head.pred.0.")))
+    named = rename(model, prefixes(SWIN_PREFIXES, ("pred.",) * 4, "head.pred.0."))
+    return swin_names(named, ("encoder.patch_embed.",))
 
 
 def sobel_filters(model: local_mim.LocalMIM) -> dict[str, Tensor]:

@@ -1,10 +1,23 @@
 """facebookresearch/mae: MAE on ViT."""
 
-from math import isqrt
-
 from ummim.backbones.vit import ViTConfig
 from ummim.interop.family import Family, rename
-from ummim.interop.sizes import VIT_SIZES, Sizes, Tensors, decoder, depth_of, fitting, mlp_ratio, one, partial, shape_of
+from ummim.interop.sizes import (
+    VIT_SIZES,
+    Sizes,
+    Tensors,
+    agreed,
+    decoder,
+    depth_of,
+    fitting,
+    kernel_side,
+    mlp_ratio,
+    one,
+    partial,
+    pixel_side,
+    shape_of,
+    table_side,
+)  # fmt: skip
 from ummim.methods import mae
 
 VIT_H_WIDTH, VIT_H_HEADS = 1280, 16
@@ -23,15 +36,17 @@ PREFIXES = (
     ("decoder.blocks.", "decoder_blocks."),
     ("head.norm.", "decoder_norm."),
     ("head.pred.", "decoder_pred."),
-    ("aggregation.dwconv.", "pr_dwconv."),  # PR-MIM has no official code, so these names are our own
+    ("aggregation.layer.", "pr_dwconv."),  # PR-MIM has no official code, so these names are our own
 )
 
 
 def vit_config(tensors: Tensors, sizes: Sizes) -> ViTConfig:
-    """A ViT's sizes, from the official keys."""
-    dim = one(sizes, "embed_dim", shape_of(tensors, "cls_token", 2, 768))
+    """A ViT's sizes, from the official keys; the patch also from the head that predicts its pixels."""
+    widths = (("cls_token", 2), ("pos_embed", 2), ("patch_embed.proj.bias", 0))
+    dim = one(sizes, "embed_dim", agreed(768, *(shape_of(tensors, *at) for at in widths)))
+    patch = agreed(16, pixel_side(tensors, "decoder_pred"), kernel_side(tensors, "patch_embed.proj.weight"))
     return ViTConfig(
-        patch_size=one(sizes, "patch_size", shape_of(tensors, "patch_embed.proj.weight", 2, 16)),
+        patch_size=one(sizes, "patch_size", patch),
         embed_dim=dim,
         depth=one(sizes, "depth", depth_of(tensors, "blocks")),
         num_heads=one(sizes, "num_heads", VIT_H_HEADS if dim == VIT_H_WIDTH else max(1, dim // 64)),
@@ -39,13 +54,14 @@ def vit_config(tensors: Tensors, sizes: Sizes) -> ViTConfig:
     )
 
 
-def vit_image_size(tensors: Tensors, sizes: Sizes, patch: int) -> int:
-    """Side of the images, from the position table."""
-    return one(sizes, "img_size", isqrt(shape_of(tensors, "pos_embed", 1, 197) - 1) * patch)
+def vit_image_size(tensors: Tensors, sizes: Sizes, patch: int, decoder_table: str = "decoder_pos_embed") -> int:
+    """Side of the images, from the position tables."""
+    sides = (table_side(tensors, table, cls_token=True) for table in ("pos_embed", decoder_table))
+    return one(sizes, "img_size", agreed(14, *sides) * patch)
 
 
 def build(tensors: Tensors, sizes: Sizes) -> mae.MAE:
-    """MAE of these sizes. Raises ValueError where they do not fit each other."""
+    """MAE of these sizes. Raises OfficialError where they do not fit each other."""
     config = mae.Config(
         encoder=vit_config(tensors, sizes),
         decoder=decoder(tensors, sizes),

@@ -6,7 +6,7 @@ loaded like weights, so a model that comes from mmpretrain keeps its own.
 
 from ummim.interop.families import mae
 from ummim.interop.family import Family, rename
-from ummim.interop.sizes import VIT_SIZES, Sizes, Tensors, decoder, fitting, partial
+from ummim.interop.sizes import VIT_SIZES, Sizes, Tensors, decoder, fitting, partial, shape_of
 from ummim.methods import mff
 
 # Our prefixes and the official ones; the order of the rows is the official order of keys.
@@ -24,7 +24,7 @@ PREFIXES = (
     ("decoder.blocks.", "neck.decoder_blocks."),
     ("head.norm.", "neck.ln1."),
     ("head.pred.", "neck.decoder_pred."),
-    ("aggregation.dwconv.", "pr_dwconv."),  # PR-MIM has no official code, so these names are our own
+    ("aggregation.layer.", "pr_dwconv."),  # PR-MIM has no official code, so these names are our own
 )
 IN_BLOCKS = (  # timm's names, and mmpretrain's
     (".norm1.", ".ln1."),
@@ -36,15 +36,21 @@ PUBLISHED_TAPS = mff.Config().taps
 
 
 def build(tensors: Tensors, sizes: Sizes) -> mff.MFF:
-    """MFF of these sizes. Raises ValueError where they do not fit each other."""
+    """MFF of these sizes; fused are all blocks if there are as many weights, else the published ones unless given.
+
+    Raises:
+        OfficialError: sizes that do not fit each other.
+    """
     alike = {_mae_name(key): tensor for key, tensor in tensors.items()}
+    encoder = mae.vit_config(alike, sizes)
+    every = shape_of(alike, "proj_weights", 0) == encoder.depth  # then there is no choice
     config = mff.Config(
-        encoder=mae.vit_config(alike, sizes),
+        encoder=encoder,
         decoder=decoder(alike, sizes),
-        taps=tuple(sizes.get("taps", PUBLISHED_TAPS)),
+        taps=tuple(sizes.get("taps", range(encoder.depth) if every else PUBLISHED_TAPS)),
         norm_pix_loss=bool(sizes["norm_pix_loss"]),
     )
-    image_size = mae.vit_image_size(alike, sizes, config.encoder.patch_size)
+    image_size = mae.vit_image_size(alike, sizes, encoder.patch_size)
     fitting(config.check_sizes(image_size))
     return mff.MFF(image_size, config, *partial(alike))
 

@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Sequence
-from math import isqrt
 from typing import Any
 
 from ummim.backbones.pvt import PVT, PVTConfig
 from ummim.backbones.pyramid import MASK_PATCH, TOKEN
 from ummim.backbones.swin import Swin, SwinConfig
 from ummim.backbones.vit import ViT
+from ummim.interop.errors import OfficialError
 from ummim.interop.families.mae import PREFIXES, vit_config, vit_image_size
 from ummim.interop.family import Family, rename, reorder
 from ummim.interop.sizes import (
@@ -16,14 +16,20 @@ from ummim.interop.sizes import (
     Four,
     Sizes,
     Tensors,
+    agreed,
+    check_patch,
     decoder,
     depth_of,
+    doubling,
     fitting,
     four,
+    heads_of,
     mlp_ratio,
     one,
     partial,
     shape_of,
+    table_side,
+    window,
 )  # fmt: skip
 from ummim.methods import um_mae
 
@@ -37,7 +43,7 @@ STAGES = tuple((ours.replace("encoder.blocks.", "encoder.stages."), official) fo
 
 
 def build_vit(tensors: Tensors, sizes: Sizes) -> um_mae.UMMAE:
-    """UM-MAE on ViT of these sizes. Raises ValueError where they do not fit each other."""
+    """UM-MAE on ViT of these sizes. Raises OfficialError where they do not fit each other."""
     config = um_mae.Config(
         encoder=vit_config(tensors, sizes),
         decoder=decoder(tensors, sizes),
@@ -47,7 +53,7 @@ def build_vit(tensors: Tensors, sizes: Sizes) -> um_mae.UMMAE:
 
 
 def build_swin(tensors: Tensors, sizes: Sizes) -> um_mae.UMMAE:
-    """UM-MAE on Swin of these sizes. Raises ValueError where they do not fit each other."""
+    """UM-MAE on Swin of these sizes. Raises OfficialError where they do not fit each other."""
     image_size = _image_size(tensors, sizes)
     config = um_mae.Config(
         encoder=swin_config(tensors, sizes, [image_size // (2 * TOKEN * 2**s) for s in range(4)], default_window=8),
@@ -59,10 +65,10 @@ def build_swin(tensors: Tensors, sizes: Sizes) -> um_mae.UMMAE:
 
 
 def build_pvt(tensors: Tensors, sizes: Sizes) -> um_mae.UMMAE:
-    """UM-MAE on PVT of these sizes. Raises ValueError where they do not fit each other."""
+    """UM-MAE on PVT of these sizes. Raises OfficialError where they do not fit each other."""
     config = um_mae.Config(
         encoder=pvt_config(tensors, sizes, default_ratios=(4, 2, 1, 1)),
-        decoder=decoder(tensors, {name: size for name, size in sizes.items() if name != "mlp_ratio"}),
+        decoder=decoder(tensors, sizes),
         norm_pix_loss=bool(sizes["norm_pix_loss"]),
         legacy_decoder_order=True,
     )
@@ -70,8 +76,10 @@ def build_pvt(tensors: Tensors, sizes: Sizes) -> um_mae.UMMAE:
 
 
 def _image_size(tensors: Tensors, sizes: Sizes) -> int:
-    """Side of a pyramid's images, from the decoder's position table."""
-    return one(sizes, "img_size", isqrt(shape_of(tensors, "decoder_pos_embed", 1, 256)) * MASK_PATCH)
+    """Side of a pyramid's images, from the position tables: the decoder's, and a PVT's own, which is 4 times finer."""
+    fine = table_side(tensors, "pos_embed")
+    side = agreed(16, table_side(tensors, "decoder_pos_embed"), fine // 4 if fine else None)
+    return one(sizes, "img_size", side * MASK_PATCH)
 
 
 def _build(config: um_mae.Config, image_size: int, tensors: Tensors, sizes: Sizes) -> um_mae.UMMAE:
@@ -82,58 +90,50 @@ def _build(config: um_mae.Config, image_size: int, tensors: Tensors, sizes: Size
 
 def swin_config(tensors: Tensors, sizes: Sizes, maps: Sequence[int], default_window: int) -> SwinConfig:
     """The sizes of UM-MAE's Swin, from the official keys; ``maps`` are the sides of its stages' maps."""
-    _check_patch(sizes)
-    dims = four(sizes, "embed_dim", width_of(tensors, "patch_embed.proj", 96))
-    if any(dims[s + 1] != 2 * dims[s] for s in range(3)):
-        raise ValueError(f"embed_dims = {dims} must double at every stage")
-    depths = four(sizes, "depth", stage_depths(tensors), growth=1)
-    heads = [width_of(tensors, f"blocks.{sum(depths[:s])}.attn.posmlp.2", 1) for s in range(4)]
+    check_patch(sizes, TOKEN, MASK_PATCH)
+    widths = [shape_of(tensors, f"patch_embed.{key}", 0) for key in ("proj.weight", "proj.bias", "norm.weight")]
+    dim = doubling(sizes, agreed(96, *widths))
+    depths = four(sizes, "depth", lambda: stage_depths(tensors), growth=1)
+    mlps = [[f"blocks.{b}.attn.posmlp" for b in blocks] for blocks in stage_blocks(depths)]
+    heads = [
+        heads_of(
+            dim * 2**s, (shape_of(tensors, f"{mlp}.2.{leaf}", 0) for mlp in mlps[s] for leaf in ("weight", "bias"))
+        )
+        for s in range(4)
+    ]
+    hidden = (("0.weight", 0), ("0.bias", 0), ("2.weight", 1))
+    pos_mlp_dim = agreed(32, *(shape_of(tensors, f"blocks.0.attn.posmlp.{key}", at) for key, at in hidden))
     return SwinConfig(
-        embed_dim=dims[0],
+        embed_dim=dim,
         depths=depths,
-        num_heads=four(sizes, "num_heads", heads),
+        num_heads=four(sizes, "num_heads", lambda: heads),
         window_size=window(sizes, maps, default_window),
-        mlp_ratio=one(sizes, "mlp_ratio", mlp_ratio(tensors, "blocks.0", dims[0])),
-        pos_mlp_dim=one(sizes, "posmlp_dim", shape_of(tensors, "blocks.0.attn.posmlp.0.weight", 0, 32)),
+        mlp_ratio=one(sizes, "mlp_ratio", mlp_ratio(tensors, f"blocks.{sum(depths[:3])}", 8 * dim)),
+        pos_mlp_dim=one(sizes, "posmlp_dim", pos_mlp_dim),
     )
 
 
 def pvt_config(tensors: Tensors, sizes: Sizes, default_ratios: Four) -> PVTConfig:
     """The sizes of UM-MAE's PVT, from the official keys; heads are 64 wide unless given."""
-    _check_patch(sizes)
-    depths = four(sizes, "depth", stage_depths(tensors), growth=1)
+    check_patch(sizes, TOKEN, MASK_PATCH)
+    depths = four(sizes, "depth", lambda: stage_depths(tensors), growth=1)
     first = [f"blocks.{sum(depths[:s])}" for s in range(4)]  # block of each stage
-    read = [width_of(tensors, f"{block}.norm1", 64) for block in first]
-    dims = four(sizes, "embed_dim", read)
+    norms = ("norm1.weight", "norm1.bias", "norm2.weight")
+    read = [agreed(64 * 2**s, *(shape_of(tensors, f"{first[s]}.{norm}", 0) for norm in norms)) for s in range(4)]
+    dims = four(sizes, "embed_dim", lambda: read)
     ratios = [mlp_ratio(tensors, block, dim) for block, dim in zip(first, dims, strict=True)]
     return PVTConfig(
         embed_dims=dims,
         depths=depths,
-        num_heads=four(sizes, "num_heads", [max(1, dim // 64) for dim in dims]),
-        mlp_ratios=four(sizes, "mlp_ratio", ratios, growth=1),
-        sr_ratios=four(sizes, "sr_ratios", default_ratios, growth=1),
+        num_heads=four(sizes, "num_heads", lambda: [max(1, dim // 64) for dim in dims]),
+        mlp_ratios=four(sizes, "mlp_ratio", lambda: ratios, growth=1),
+        sr_ratios=four(sizes, "sr_ratios", lambda: default_ratios, growth=1),
     )
 
 
-def width_of(tensors: Tensors, module: str, default: int) -> int:
-    """A module's output width, off its weight or, should that be the key that is missing, its bias."""
-    return shape_of(tensors, f"{module}.weight", 0, shape_of(tensors, f"{module}.bias", 0, default))
-
-
-def _check_patch(sizes: Sizes) -> None:
-    if one(sizes, "patch_size", TOKEN) not in (TOKEN, MASK_PATCH):
-        raise ValueError(f"patch_size is {TOKEN} (tokens) or {MASK_PATCH} (mask patches), not {sizes['patch_size']}")
-
-
-def window(sizes: Sizes, maps: Sequence[int], default: int) -> int:
-    """The window, given as one number or as each stage's, where a smaller map is one window."""
-    value = sizes.get("window_size", default)
-    if not isinstance(value, Sequence):
-        return value
-    largest = max(value)
-    if any(min(largest, side) != min(given, side) for given, side in zip(value, maps, strict=False)):
-        raise ValueError(f"window_size = {value!r} must be one number: stages differ only where the map is smaller")
-    return largest
+def stage_blocks(depths: Sequence[int]) -> list[range]:
+    """The numbers of each stage's blocks in the official list."""
+    return [range(sum(depths[:s]), sum(depths[: s + 1])) for s in range(4)]
 
 
 def stage_depths(tensors: Tensors) -> Four:
@@ -141,7 +141,8 @@ def stage_depths(tensors: Tensors) -> Four:
     found = {int(match[1]) for key in tensors if (match := re.match(r"blocks\.(\d+)\.downsample\.", key))}
     starts = [0, *sorted(found), depth_of(tensors, "blocks")]
     if len(starts) != 5:
-        raise ValueError(f"missing keys: downsample of three blocks marks the stages, found it at {sorted(found)}")
+        at = [f"blocks.{block}.downsample" for block in sorted(found)]
+        raise OfficialError(f"missing or left-over keys: the downsample of three blocks marks the stages, not {at}")
     return tuple(end - start for start, end in zip(starts, starts[1:], strict=False))  # type: ignore[return-value]
 
 
