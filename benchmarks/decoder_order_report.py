@@ -1,9 +1,10 @@
 """Summary, table and figure of the runs of um_mae_decoder_order.py."""
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from small_study import mean_difference, spread
 
 Run = dict[str, Any]
 MEASURES = {  # key of a run: (title, factor, unit)
@@ -14,16 +15,6 @@ MEASURES = {  # key of a run: (title, factor, unit)
     "nearest_neighbours": ("10-NN", 100.0, "%"),
 }
 PAIRS = (("fixed", "legacy"), ("fixed", "scratch"), ("legacy", "scratch"))
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # runs: 97.5% quantile of Student's t
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Values, mean and standard deviation (n - 1); the latter is None for one value."""
-    return {
-        "values": list(values),
-        "mean": statistics.fmean(values),
-        "deviation": statistics.stdev(values) if len(values) > 1 else None,
-    }
 
 
 def summarise(runs: Sequence[Run]) -> dict[str, Any]:
@@ -39,10 +30,7 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
         for one, other in PAIRS:
             seeds = [seed for arm, seed in of if arm == one and (other, seed) in of]
             if seeds:
-                row = spread([of[one, seed] - of[other, seed] for seed in seeds])
-                quantile, n = STUDENT.get(len(seeds)), len(seeds)
-                row["interval"] = quantile * row["deviation"] / n**0.5 if quantile else None
-                rows[f"{one} - {other}"] = row
+                rows[f"{one} - {other}"] = mean_difference([of[one, seed] - of[other, seed] for seed in seeds])
         summary[key] = rows
     return summary
 

@@ -29,16 +29,29 @@ def read_idx(path: Path) -> Tensor:
 
 
 class Data:
-    """Fashion-MNIST: (N, 28, 28) uint8 images and (N,) int64 labels, training and test."""
+    """Fashion-MNIST: (N, 28, 28) uint8 images and (N,) int64 labels, training and test.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: where the IDX files are.
+        margin: pixels of background that an input gets on each side.
+        scale: side, in pixels of an input, of a pixel.
+        device: where images and labels are kept.
+    """
+
+    def __init__(self, folder: Path, margin: int = 2, scale: int = 4, device: str = "cpu") -> None:
+        self.margin, self.scale = margin, scale
         self.train_images, self.train_labels = (read_idx(folder / f"train-{part}-ubyte.gz") for part in PARTS)
         self.test_images, self.test_labels = (read_idx(folder / f"t10k-{part}-ubyte.gz") for part in PARTS)
-        padded = F.pad(self.train_images.double() / 255, (2, 2, 2, 2))
+        padded = F.pad(self.train_images.double() / 255, [margin] * 4)
         self.mean, self.deviation = padded.mean().item(), padded.std().item()
+        self.train_images, self.train_labels = self.train_images.to(device), self.train_labels.to(device)
+        self.test_images, self.test_labels = self.test_images.to(device), self.test_labels.to(device)
 
     def inputs(self, images: Tensor) -> Tensor:
-        """(B, 28, 28) uint8 -> (B, 3, 128, 128) float32, normalised; nearest-neighbour upscaling, grey as RGB."""
-        x = (F.pad(images.float() / 255, (2, 2, 2, 2)) - self.mean) / self.deviation  # (B, 32, 32)
-        x = x.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2)  # (B, 128, 128)
+        """(B, 28, 28) uint8 -> (B, 3, S, S) float32, normalised; nearest-neighbour upscaling, grey as RGB.
+
+        S = scale * (28 + 2 * margin): 128 by default.
+        """
+        x = (F.pad(images.float() / 255, [self.margin] * 4) - self.mean) / self.deviation  # (B, S / scale, S / scale)
+        x = x.repeat_interleave(self.scale, dim=1).repeat_interleave(self.scale, dim=2)  # (B, S, S)
         return x[:, None].expand(-1, 3, -1, -1)

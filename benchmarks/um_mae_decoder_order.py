@@ -15,28 +15,19 @@ goes on with the next one.
 import argparse
 import json
 import math
-import platform
-import statistics
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from decoder_order_report import plot, print_table, summarise
 from fashion_mnist import Data
-from probe import accuracy, linear_probe, nearest_neighbours
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
+from small_study import Classifier, Tuning, batches, curve_of, optimise, provenance, stored, tune
+from torch import Tensor
 
-import ummim
 from ummim.atomic import write_text
 from ummim.backbones.swin import Swin, SwinConfig
-from ummim.engine.optim import parameter_groups
 from ummim.masking import MaskConfig, MaskPlan, PlanSampler, sample_seed
 from ummim.methods.um_mae import UMMAE, Config
 from ummim.nn.decoder import DecoderConfig
@@ -44,7 +35,6 @@ from ummim.nn.targets import normalise_patches, patchify
 
 IMAGE_SIZE = 128  # 28 pixels, 2 of background on each side, 4x4 pixels for each
 GRID = (8, 8)  # mask patches
-CLASSES = 10
 ARMS = ("fixed", "legacy", "scratch")
 ENCODER = SwinConfig(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window_size=4, pos_mlp_dim=16)
 DECODER = DecoderConfig(embed_dim=64, depth=2, num_heads=4)
@@ -52,23 +42,12 @@ DECODER = DecoderConfig(embed_dim=64, depth=2, num_heads=4)
 
 @dataclass(frozen=True)
 class Pretraining:
-    """Rates are peaks: linear warm-up over a tenth of the steps, then a cosine to 0."""
-
     images: int = 20000
     steps: int = 1400
     batch: int = 32
     lr: float = 2e-3
     held_out_images: int = 2000  # the first of the test images, for the reconstruction loss
     curve_every: int = 25  # steps that a point of the training curve averages
-
-
-@dataclass(frozen=True)
-class Tuning:
-    labels: int = 2000
-    epochs: int = 5
-    batch: int = 32
-    lr: float = 1e-3
-    test_images: int = 5000  # the first of the 10,000
 
 
 @dataclass(frozen=True)
@@ -101,35 +80,6 @@ def draw_plan(seed: int, epoch: int, ids: list[int]) -> MaskPlan:
     return sampler.stack([sampler(sample_seed(seed, epoch, str(i))) for i in ids])
 
 
-def optimise(
-    model: nn.Module, loss_of: Callable[[int], Tensor], steps: int, lr: float, betas: tuple[float, float]
-) -> list[float]:
-    """Train with AdamW (weight decay 0.05); the loss of each step, before its update."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=lr, betas=betas)
-    warmup, losses = max(1, steps // 10), []
-    for step in range(steps):
-        cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / warmup, cosine)
-        loss = loss_of(step)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def batches(count: int, batch: int, seed: int) -> Callable[[int], tuple[int, Tensor]]:
-    """step -> (epoch, (batch,) indices below ``count``): a new order each epoch, the last odd batch dropped."""
-
-    def at(step: int) -> tuple[int, Tensor]:
-        epoch, place = divmod(step, count // batch)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(1000 * seed + epoch))
-        return epoch, order[place * batch : (place + 1) * batch]
-
-    return at
-
-
 def pretrain(data: Data, sizes: Pretraining, seed: int, legacy: bool, weights: Path) -> dict[str, Any]:
     """Nothing random here depends on ``legacy``: the weights, order and masks of both arms are the same.
 
@@ -145,9 +95,10 @@ def pretrain(data: Data, sizes: Pretraining, seed: int, legacy: bool, weights: P
 
     losses = optimise(model, loss_of, sizes.steps, sizes.lr, (0.9, 0.95))
     save_file(model.encoder.state_dict(), weights)
-    every = sizes.curve_every
-    curve = [statistics.fmean(losses[i : i + every]) for i in range(0, len(losses) - every + 1, every)]
-    result = {"curve": curve, "held_out_loss": held_out_loss(model, data, sizes.held_out_images)}
+    result = {
+        "curve": curve_of(losses, sizes.curve_every),
+        "held_out_loss": held_out_loss(model, data, sizes.held_out_images),
+    }
     model.legacy_decoder_order = not legacy
     return {**result, "swapped_loss": held_out_loss(model, data, sizes.held_out_images)}
 
@@ -161,83 +112,15 @@ def held_out_loss(model: UMMAE, data: Data, count: int) -> float:
     return total / count
 
 
-class Classifier(nn.Module):
-    """A dense Swin, the mean of its tokens, a LayerNorm and a linear layer: (B, 3, H, W) -> (B, 10) logits."""
-
-    def __init__(self, weights: dict[str, Tensor] | None) -> None:
-        super().__init__()
-        # A window spans as many pixels of the dense grid as it did of the compact one (UM-MAE doubles it too).
-        self.encoder = Swin(IMAGE_SIZE, replace(ENCODER, window_size=2 * ENCODER.window_size), secondary=False)
-        self.norm = nn.LayerNorm(self.encoder.embed_dim)
-        self.head = nn.Linear(self.encoder.embed_dim, CLASSES)
-        if weights is not None:
-            self.encoder.load_state_dict({k: v for k, v in weights.items() if k != "vis_mask_token"})
-
-    def features(self, images: Tensor) -> Tensor:
-        return self.encoder(images).mean(dim=(1, 2))  # (B, 8C)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.norm(self.features(images)))
-
-
-@torch.no_grad()
-def in_batches(function: Callable[[Tensor], Tensor], data: Data, images: Tensor) -> Tensor:
-    return torch.cat([function(data.inputs(part)) for part in images.split(100)])
-
-
-def fine_tune(model: Classifier, data: Data, sizes: Tuning, chosen: Tensor, seed: int) -> None:
-    """Train all weights on the ``chosen`` training images, with random horizontal flips."""
-    batch_at = batches(len(chosen), sizes.batch, seed)
-    flips = torch.Generator().manual_seed(seed)
-
-    def loss_of(step: int) -> Tensor:
-        ids = chosen[batch_at(step)[1]]
-        images = data.inputs(data.train_images[ids])
-        flip = torch.rand(len(ids), generator=flips) < 0.5
-        images = torch.where(flip[:, None, None, None], images.flip(3), images)
-        return F.cross_entropy(model(images), data.train_labels[ids])
-
-    optimise(model, loss_of, sizes.epochs * (len(chosen) // sizes.batch), sizes.lr, (0.9, 0.999))
-
-
-def tune(data: Data, sizes: Tuning, seed: int, weights: Path | None) -> dict[str, float]:
-    """Test accuracies of the frozen encoder's features and of the fine-tuned model, on the seed's labels."""
+def classifier(seed: int, weights: Path | None) -> Classifier:
+    """A dense Swin with the weights at ``weights``, or fresh, and a fresh head on the mean of its tokens."""
     torch.manual_seed(seed)
-    model = Classifier(load_file(weights) if weights else None)
-    chosen = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(seed))[: sizes.labels]
-    labels = data.train_labels[chosen]
-    images, truth = data.test_images[: sizes.test_images], data.test_labels[: sizes.test_images]
-    known = in_batches(model.features, data, data.train_images[chosen])  # (labels, 8C)
-    asked = in_batches(model.features, data, images)  # (test, 8C)
-    mean, deviation = known.mean(0), known.std(0) + 1e-6
-    known, asked = (known - mean) / deviation, (asked - mean) / deviation
-    result = {
-        "linear_probe": accuracy(linear_probe(known, labels, asked, CLASSES), truth),
-        "nearest_neighbours": accuracy(nearest_neighbours(known, labels, asked, CLASSES), truth),
-    }
-    fine_tune(model, data, sizes, chosen, seed)
-    result["fine_tuned"] = accuracy(in_batches(model, data, images).argmax(1), truth)
-    return result
-
-
-def stored(path: Path, settings: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``path`` holds; else compute it and write it there.
-
-    Raises:
-        ValueError: ``path`` holds results of other settings.
-    """
-    settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
-    if path.exists():
-        record = json.loads(path.read_text())
-        if record["settings"] != settings:
-            raise ValueError(f"{path} has other settings: remove it or give another --runs folder")
-        return record["result"]
-    start = time.perf_counter()
-    result = compute()
-    result["seconds"] = round(time.perf_counter() - start, 1)
-    print(path.stem, {key: value for key, value in result.items() if key != "curve"}, flush=True)
-    write_text(path, json.dumps({"settings": settings, "result": result}))
-    return result
+    # A window spans as many pixels of the dense grid as it did of the compact one (UM-MAE doubles it too).
+    encoder = Swin(IMAGE_SIZE, replace(ENCODER, window_size=2 * ENCODER.window_size), secondary=False)
+    model = Classifier(encoder, lambda tokens: tokens.mean(dim=(1, 2)), encoder.embed_dim)
+    if weights is not None:
+        encoder.load_state_dict({k: v for k, v in load_file(weights).items() if k != "vis_mask_token"})
+    return model
 
 
 def run(arm: str, seed: int, data: Data, study: Study, folder: Path) -> dict[str, Any]:
@@ -253,7 +136,11 @@ def run(arm: str, seed: int, data: Data, study: Study, folder: Path) -> dict[str
             lambda: pretrain(data, study.pretraining, seed, arm == "legacy", weights),
         )
     settings |= {"tuning": asdict(study.tuning)}
-    tuned = stored(folder / f"{arm}-{seed}-tuning.json", settings, lambda: tune(data, study.tuning, seed, weights))
+
+    def tuning() -> dict[str, float]:
+        return tune(classifier(seed, weights), data, study.tuning, seed)
+
+    tuned = stored(folder / f"{arm}-{seed}-tuning.json", settings, tuning)
     return {"arm": arm, "seed": seed, **pretrained, **tuned, "seconds": pretrained.get("seconds", 0) + tuned["seconds"]}
 
 
@@ -277,17 +164,15 @@ def main() -> None:
     args.runs.mkdir(parents=True, exist_ok=True)
     runs = [run(arm, seed, data, study, args.runs) for seed in range(study.seeds) for arm in ARMS]
     results: dict[str, Any] = {
-        "command": sys.argv,
-        "versions": {
-            "ummim": ummim.__version__, "python": platform.python_version(), "torch": torch.__version__,
-            "timm": timm.__version__,
-        },
-        "study": asdict(study), "encoder": asdict(ENCODER), "decoder": asdict(DECODER),
+        **provenance(),
+        "study": asdict(study),
+        "encoder": asdict(ENCODER),
+        "decoder": asdict(DECODER),
         "share_in_place": {"8x8": share_in_place(8), "16x16": share_in_place(16)},
         "baselines": baselines(data, study.pretraining.held_out_images),
         "summary": summarise(runs),
         "runs": runs,
-    }  # fmt: skip
+    }
     print_table(results["summary"])
     if args.output:
         write_text(args.output, json.dumps(results, indent=1) + "\n")

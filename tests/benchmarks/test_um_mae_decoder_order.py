@@ -1,7 +1,6 @@
 """The study of UM-MAE's decoder order still runs, is paired, and goes on where it was cut off."""
 
 import gzip
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -11,31 +10,7 @@ import pytest
 
 from ummim.masking import MaskConfig, PlanSampler, sample_seed
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 PARTS = ["fixed-0-pretraining", "fixed-0-tuning", "legacy-0-pretraining", "legacy-0-tuning", "scratch-0-tuning"]
-
-
-@pytest.fixture(scope="module")
-def fashion(tmp_path_factory):
-    """A folder of IDX files with the names and shapes of Fashion-MNIST, but few and random images."""
-    folder, rng = tmp_path_factory.mktemp("fashion"), np.random.default_rng(0)
-    for part, count in (("train", 80), ("t10k", 40)):
-        images = rng.integers(0, 256, (count, 28, 28), np.uint8)
-        write_idx(folder / f"{part}-images-idx3-ubyte.gz", images)
-        write_idx(folder / f"{part}-labels-idx1-ubyte.gz", rng.integers(0, 10, count).astype(np.uint8))
-    return folder
-
-
-@pytest.fixture
-def module(monkeypatch):
-    """import of a benchmark script by its name"""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
-
-
-def write_idx(path, array):
-    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-    path.write_bytes(gzip.compress(header + array.tobytes()))
 
 
 @pytest.fixture
