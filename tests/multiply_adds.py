@@ -155,7 +155,7 @@ def of_green_mim(recipe: Recipe) -> float:
 
 
 def of_tec_student(recipe: Recipe) -> float:
-    """MAE with an adaptor of all layers and two passes of the decoder; thrown tokens leave the feature pass only."""
+    """MAE with an adaptor of all layers and two passes of the decoder; thrown tokens leave both, and are filled in."""
     assert isinstance(recipe.method, tec.Config)
     encoder, decoder, sampler = recipe.method.encoder, recipe.method.decoder, recipe.sampler()
     dim, width, visible, queries = (
@@ -166,6 +166,7 @@ def of_tec_student(recipe: Recipe) -> float:
     )
     total = visible * 768 * dim + encoder.depth * block(visible + 1, dim) + 8 * dim**2 / recipe.micro_batch
     total += encoder.depth // 3 * (visible + 1) * (3 * dim * dim + 2 * dim * 4 * width)  # the adaptor
-    total += 2 * (visible + 1) * dim * width + decoder.depth * block(197, width)
+    total += 2 * (visible + 1) * dim * width + decoder.depth * block(197 - sampler.thrown_count, width)
+    total += 196 * width * recipe.partial.kernel_size**2 if recipe.throw_ratio else 0
     total += (queries + 196) * width * dim + queries * 196 * dim
     return total + decoding(recipe, width, decoder.depth, 1, dim)

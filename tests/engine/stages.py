@@ -41,8 +41,9 @@ def main():
             if split:
                 train(dict(case), ToyPlan(stop_step=split), world, folder)
             weights = train(dict(case), ToyPlan(), world, folder)
-        except UserError as error:
-            print(json.dumps({"error": str(error)}), flush=True)
+        except UserError as error:  # a CPU without float16; every rank gets it
+            if world.is_main:
+                print(json.dumps({"error": str(error)}), flush=True)
             continue
         except BaseException:
             traceback.print_exc()

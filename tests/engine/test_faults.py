@@ -63,6 +63,15 @@ def test_a_loss_that_is_not_a_number_ends_with_one_message(tmp_path):
     assert [p.name for p in checkpoint.steps(tmp_path / "checkpoints")] == ["step-2"]
 
 
+@pytest.fixture
+def pythons_own_ctrl_c():
+    """Python's answer to Ctrl-C, which a suite in the background is started without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("pythons_own_ctrl_c")
 def test_the_first_ctrl_c_waits_and_its_echo_is_ignored():
     with Interrupts() as interrupts:
         assert interrupts.code == 0
