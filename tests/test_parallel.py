@@ -43,8 +43,8 @@ def launch(folder: Path, cases: Sequence[tuple[str, ...]], steps: int) -> Losses
                "-m", "tests.parallel", str(folder), jobs]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     job = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
-    assert job.returncode == 0, job.stderr
     lines = [json.loads(line) for line in job.stdout.splitlines() if line.startswith("[")]
+    assert job.returncode == 0, f"after {len(lines)} of {len(cases)} cases: {job.stderr}"
     return dict(zip(ordered, lines, strict=True))
 
 
