@@ -41,7 +41,7 @@ def test_uniform_plans_show_one_token_of_each_block(
     blocks = plan.visible // w // 2 * cols + plan.visible % w // 2
     np.testing.assert_array_equal(blocks, np.arange(rows * cols))  # block raster order, each once
     assert plan.secondary.sum() == rows * cols - int(rows * cols * (1 - secondary))
-    assert len(plan.thrown) == sampler.thrown_count == int(throw * h * w)
+    assert len(plan.thrown) == sampler.thrown_count == int(throw * (h * w))
     assert len(plan.kept) == sampler.kept_count
     everything = np.concatenate([plan.visible, plan.kept, plan.thrown])
     np.testing.assert_array_equal(np.sort(everything), np.arange(h * w))
@@ -63,7 +63,7 @@ def test_random_plans_partition_the_grid(h: int, w: int, ratio: float, throwing:
         return
     plan = sampler(seed)
     assert len(plan.visible) == int(h * w * (1 - ratio))
-    assert len(plan.thrown) == int(0.2 * h * w)
+    assert len(plan.thrown) == int(0.2 * (h * w))
     everything = np.concatenate([plan.visible, plan.kept, plan.thrown])
     np.testing.assert_array_equal(np.sort(everything), np.arange(h * w))
     for ids in (plan.visible, plan.kept, plan.thrown):

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import socket
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -100,6 +101,7 @@ def shutdown() -> None:
     """Leave the process group, so that no process ends with a warning about it."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        time.sleep(0.2)  # gloo's threads drop their last tensors: too late, it would abort (pytorch/pytorch#179291)
 
 
 def config_folder() -> Path:
