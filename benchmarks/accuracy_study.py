@@ -30,7 +30,7 @@ from accuracy_report import plot, print_table, summarise
 from accuracy_rows import GROUPS, NONE, Row
 from fashion_mnist import Data
 from safetensors.torch import load_file, save_file
-from small_study import Classifier, Tuning, batches, curve_of, optimise, provenance, stored, tune
+from small_study import Classifier, Pretraining, Tuning, batches, curve_of, optimise, provenance, stored, tune
 from torch import Tensor
 
 from ummim.atomic import write_text
@@ -62,20 +62,12 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Pretraining:
-    images: int = 60000
-    steps: int = 1600
-    batch: int = 16
-    lr: float = 2e-3
-    held_out_images: int = 1000  # the first of the test images, for the reconstruction losses
-    curve_every: int = 50  # steps that a point of the training curve averages
-
-
-@dataclass(frozen=True)
 class Study:
     seeds: int = 3
     model: Model = field(default_factory=Model)
-    pretraining: Pretraining = field(default_factory=Pretraining)
+    pretraining: Pretraining = field(
+        default_factory=lambda: Pretraining(60000, 1600, 16, held_out_images=1000, curve_every=50)
+    )
     tuning: Tuning = field(default_factory=lambda: Tuning(labels=1000, batch=16))
 
 

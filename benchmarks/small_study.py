@@ -27,6 +27,16 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # runs: 97.5% qua
 
 
 @dataclass(frozen=True)
+class Pretraining:
+    images: int  # the first of the training images
+    steps: int
+    batch: int
+    lr: float = 2e-3
+    held_out_images: int = 2000  # the first of the test images, for the reconstruction losses
+    curve_every: int = 25  # steps that a point of the training curve averages
+
+
+@dataclass(frozen=True)
 class Tuning:
     labels: int = 2000
     epochs: int = 5

@@ -23,7 +23,7 @@ import torch
 from decoder_order_report import plot, print_table, summarise
 from fashion_mnist import Data
 from safetensors.torch import load_file, save_file
-from small_study import Classifier, Tuning, batches, curve_of, optimise, provenance, stored, tune
+from small_study import Classifier, Pretraining, Tuning, batches, curve_of, optimise, provenance, stored, tune
 from torch import Tensor
 
 from ummim.atomic import write_text
@@ -41,19 +41,9 @@ DECODER = DecoderConfig(embed_dim=64, depth=2, num_heads=4)
 
 
 @dataclass(frozen=True)
-class Pretraining:
-    images: int = 20000
-    steps: int = 1400
-    batch: int = 32
-    lr: float = 2e-3
-    held_out_images: int = 2000  # the first of the test images, for the reconstruction loss
-    curve_every: int = 25  # steps that a point of the training curve averages
-
-
-@dataclass(frozen=True)
 class Study:
     seeds: int = 3
-    pretraining: Pretraining = field(default_factory=Pretraining)
+    pretraining: Pretraining = field(default_factory=lambda: Pretraining(images=20000, steps=1400, batch=32))
     tuning: Tuning = field(default_factory=Tuning)
 
 

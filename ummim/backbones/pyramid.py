@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ummim.masking import MaskPlan
-from ummim.nn.layers import LayerNorm, PatchConv, every_token, take_patches
+from ummim.nn.layers import LayerNorm, PatchConv, every_token, split_patches, take_patches
 
 MASK_PATCH = 16  # pixels: the unit of UM-MAE's masks
 TOKEN = 4  # pixels: the side of a first-stage token
@@ -28,10 +28,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """(B, n, 3, 16, 16) -> (B, n, 16, C): each patch's 4x4 tokens, row-major."""
-        b, n, c, p, _ = patches.shape
-        t = p // TOKEN
-        tokens = patches.view(b, n, c, t, TOKEN, t, TOKEN).permute(0, 1, 3, 5, 2, 4, 6).reshape(b, n, t * t, -1)
-        return self.norm(self.proj(tokens))
+        return self.norm(self.proj(split_patches(patches, TOKEN)))
 
 
 class PatchMerge(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ummim.backbones.group_attention import GroupAttention, Grouping, Groups, unit_groups
 from ummim.backbones.table_swin import TOKEN, UNIT, TableSwinConfig
 from ummim.masking import MaskPlan
-from ummim.nn.layers import LayerNorm, PatchConv, every_token, finer_cells, init_mae, take_patches
+from ummim.nn.layers import LayerNorm, PatchConv, every_token, finer_cells, init_mae, split_patches, take_patches
 
 
 class StageTokens(NamedTuple):
@@ -39,10 +39,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, units: Tensor) -> Tensor:
         """(B, V, 3, p, p) -> (B, V * side**2, C), side = p / 4: row-major inside each unit."""
-        b, v, c, p, _ = units.shape
-        side = p // TOKEN
-        pixels = units.view(b, v, c, side, TOKEN, side, TOKEN).permute(0, 1, 3, 5, 2, 4, 6)
-        return self.norm(self.proj(pixels.reshape(b, v * side**2, c * TOKEN**2)))
+        return self.norm(self.proj(split_patches(units, TOKEN).flatten(1, 2)))
 
 
 class PatchMerging(nn.Module):
@@ -133,15 +130,13 @@ class SparseSwin(nn.Module):
         dims = [config.embed_dim * 2**s for s in range(4)]
         self.embed_dim = dims[-1]
         self.patch_embed = PatchEmbed(dims[0])
-        blocks = sum(config.depths)
-        rates = [config.drop_path * i / max(blocks - 1, 1) for i in range(blocks)]
         self.layers = nn.ModuleList(
             Stage(
                 dims[s],
                 config.num_heads[s],
                 config.window(image_size, s),
                 config.mlp_ratio,
-                rates[sum(config.depths[:s]) : sum(config.depths[: s + 1])],
+                config.drop_paths(s),
                 PatchMerging(dims[s - 1], row_major_merge) if s else None,
             )
             for s in range(4)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ummim.backbones.window import attend, merge_windows, partition, shift_mask
 from ummim.masking import MaskPlan
-from ummim.nn.layers import PatchConv, every_token, take_patches
+from ummim.nn.layers import PatchConv, every_token, split_patches, take_patches
 
 TOKEN = 4  # pixels: the side of a first-stage token
 UNIT = 32  # pixels: the side of a last-stage token, and of a mask unit
@@ -86,10 +86,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, pieces: Tensor) -> Tensor:
         """(B, n, 3, p, p) -> (B, n, (p / 4) ** 2, C): each piece's tokens, row-major."""
-        b, n, c, p, _ = pieces.shape
-        t = p // TOKEN
-        tokens = pieces.view(b, n, c, t, TOKEN, t, TOKEN).permute(0, 1, 3, 5, 2, 4, 6).reshape(b, n, t * t, -1)
-        return self.norm(self.proj(tokens))
+        return self.norm(self.proj(split_patches(pieces, TOKEN)))
 
 
 class WindowAttention(nn.Module):

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ummim.checkpoint_file import read_checkpoint_file
+from ummim.checkpoint_file import key_faults, read_checkpoint_file
 from ummim.nn.attention import exact_product
 from ummim.nn.layers import exact, take
 
@@ -150,18 +150,9 @@ def load_vit(vit: VisionTransformer, path: str | os.PathLike[str]) -> None:
     """
     tensors = _encoder_tensors(_read(os.fspath(path)))
     own = vit.state_dict()
-    problems = {
-        "missing keys": [key for key in own if key not in tensors],
-        "left-over keys": [key for key in tensors if key not in own and not key.startswith(NOT_NEEDED)],
-        "mis-shaped keys": [
-            f"{key} {tuple(tensors[key].shape)} instead of {tuple(value.shape)}"
-            for key, value in own.items()
-            if key in tensors and tensors[key].shape != value.shape
-        ],
-    }
-    told = [f"{what}: {_listed(keys)}" for what, keys in problems.items() if keys]
-    if told:
-        raise ValueError(f"holds other weights than method.teacher.name's: {'; '.join(told)}")
+    needed = {key: value for key, value in tensors.items() if key in own or not key.startswith(NOT_NEEDED)}
+    if faults := key_faults(needed, {key: tuple(value.shape) for key, value in own.items()}, most=5):
+        raise ValueError(f"holds other weights than method.teacher.name's: {faults}")
     vit.load_state_dict({key: tensors[key] for key in own})
 
 
@@ -181,10 +172,6 @@ def _encoder_tensors(held: Mapping[str, Any]) -> dict[str, Tensor]:
     if any(key.startswith(PREFIX) for key in inner):
         inner = {key.removeprefix(PREFIX): value for key, value in inner.items() if key.startswith(PREFIX)}
     return {key: value for key, value in inner.items() if isinstance(value, Tensor)}
-
-
-def _listed(keys: list[str]) -> str:
-    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
 
 
 def _precision(images: Tensor, dtype: torch.dtype) -> AbstractContextManager[Any]:

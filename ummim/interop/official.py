@@ -5,14 +5,14 @@ The official behaviour is kept, quirks included: importing sets a method's ``leg
 
 import argparse
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ummim.checkpoint_file import read_checkpoint_file
+from ummim.checkpoint_file import key_faults, listed, read_checkpoint_file
 from ummim.interop.errors import OfficialError
 from ummim.interop.families import green_mim, local_mim, mae, mff, simmim, um_mae
 from ummim.interop.family import Family
@@ -173,18 +173,5 @@ def _read_file(path: str) -> Mapping[str, Any]:
 
 def check_keys(family: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise OfficialError, naming them, for keys that are missing, left over or of another shape."""
-    problems = []
-    if missing := [key for key in shapes if key not in tensors]:
-        problems.append(f"missing keys: {listed(missing)}")
-    if left_over := [key for key in tensors if key not in shapes]:
-        problems.append(f"left-over keys: {listed(left_over)}")
-    if misfits := [key for key in shapes if key in tensors and tensors[key].shape != shapes[key]]:
-        each = [f"{key} {tuple(tensors[key].shape)} instead of {shapes[key]}" for key in misfits]
-        problems.append(f"mis-shaped keys: {listed(each)}")
-    if problems:
-        raise OfficialError(f"the checkpoint is no {family} of these sizes: {'; '.join(problems)}")
-
-
-def listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:20])
-    return shown if len(names) <= 20 else f"{shown} and {len(names) - 20} more"
+    if faults := key_faults(tensors, shapes):
+        raise OfficialError(f"the checkpoint is no {family} of these sizes: {faults}")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ummim.backbones.table_swin import TableSwinConfig
 from ummim.errors import RecipeError
 from ummim.masking import AttentionMaskConfig, MaskConfig, MaskPlan
 from ummim.nn.aggregation import PartialConfig
@@ -179,6 +180,13 @@ def check_heads(section: str, width: int, heads: int) -> Iterable[tuple[str, str
     """The complaint of an attention width that its heads do not divide, if it is one."""
     if heads < 1 or width < 1 or width % heads:
         yield f"{section}.num_heads", f"{heads} heads do not divide the width {width}; choose a divisor of it"
+
+
+def check_swin(encoder: TableSwinConfig, image_size: int) -> Iterable[tuple[str, str]]:
+    """The complaints of a Swin's windows and heads."""
+    yield from encoder.check_windows(image_size)
+    for stage, heads in enumerate(encoder.num_heads):
+        yield from check_heads("method.encoder", encoder.embed_dim * 2**stage, heads)
 
 
 def check_width(section: str, width: int, heads: int) -> Iterable[tuple[str, str]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ummim.backbones.sparse_swin import SparseSwin
 from ummim.backbones.table_swin import UNIT, TableSwinConfig
 from ummim.masking import MaskPlan
-from ummim.methods.api import Method, MethodConfig, MIMOutput, check_heads, check_width
+from ummim.methods.api import Method, MethodConfig, MIMOutput, check_swin, check_width
 from ummim.nn.aggregation import PartialConfig, build_aggregation
 from ummim.nn.decoder import Decoder, DecoderConfig, PixelHead
 from ummim.nn.layers import init_mae
@@ -52,9 +52,7 @@ class Config(MethodConfig):
         return image_size // UNIT, image_size // UNIT
 
     def check_sizes(self, image_size: int) -> Iterable[tuple[str, str]]:
-        yield from self.encoder.check_windows(image_size)
-        for stage in range(4):
-            yield from check_heads("method.encoder", self.encoder.embed_dim * 2**stage, self.encoder.num_heads[stage])
+        yield from check_swin(self.encoder, image_size)
         yield from check_width("method.decoder", self.decoder.embed_dim, self.decoder.num_heads)
 
     def build(self, image_size: int, partial: PartialConfig, throwing: bool) -> "GreenMIM":

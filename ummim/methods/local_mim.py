@@ -22,7 +22,7 @@ from ummim.backbones.sparse_swin import SparseSwin
 from ummim.backbones.table_swin import UNIT, TableSwinConfig
 from ummim.backbones.vit import ViT, ViTConfig
 from ummim.masking import MaskPlan
-from ummim.methods.api import Method, MethodConfig, MIMOutput, check_heads, check_width
+from ummim.methods.api import Method, MethodConfig, MIMOutput, check_swin, check_width
 from ummim.nn.aggregation import PartialConfig
 from ummim.nn.decoder import DecoderConfig
 from ummim.nn.hog import HOG
@@ -128,9 +128,7 @@ class Config(MethodConfig):
                 yield f"method.{key}", "is an option of the Swin encoder; leave it out"
 
     def _check_swin(self, image_size: int, encoder: TableSwinConfig) -> Iterable[tuple[str, str]]:
-        yield from encoder.check_windows(image_size)
-        for stage, heads in enumerate(encoder.num_heads):
-            yield from check_heads("method.encoder", encoder.embed_dim * 2**stage, heads)
+        yield from check_swin(encoder, image_size)
         if self.taps is not None:
             yield "method.taps", "is an option of the ViT encoder: a Swin is decoded after each stage; leave it out"
 

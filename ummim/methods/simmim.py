@@ -23,7 +23,7 @@ from ummim.backbones.relative_vit import RelativeViT, RelativeViTConfig
 from ummim.backbones.swin import Swin, SwinConfig
 from ummim.backbones.table_swin import UNIT, TableSwin, TableSwinConfig
 from ummim.masking import MaskPlan
-from ummim.methods.api import Method, MethodConfig, MIMOutput, check_heads, check_patches
+from ummim.methods.api import Method, MethodConfig, MIMOutput, check_heads, check_patches, check_swin
 from ummim.methods.um_mae import ShuffleEmbed, check_pyramid
 from ummim.nn.aggregation import PartialConfig, build_aggregation
 from ummim.nn.layers import init_mae, take
@@ -71,9 +71,7 @@ class Config(MethodConfig):
             yield from check_pyramid(encoder, image_size, compact=False)
             return
         if isinstance(encoder, TableSwinConfig):
-            yield from encoder.check_windows(image_size)
-            for stage in range(4):
-                yield from check_heads("method.encoder", encoder.embed_dim * 2**stage, encoder.num_heads[stage])
+            yield from check_swin(encoder, image_size)
         else:
             yield from check_patches(image_size, encoder.patch_size)
             yield from check_heads("method.encoder", encoder.embed_dim, encoder.num_heads)

@@ -54,6 +54,13 @@ def take_patches(images: Tensor, ids: Tensor, patch: int) -> Tensor:
     return patches[sample, ids // w, ids % w]
 
 
+def split_patches(patches: Tensor, side: int) -> Tensor:
+    """(B, n, C, p, p) -> (B, n, (p / side) ** 2, C * side ** 2): each patch's squares, row-major, as vectors."""
+    b, n, c, p, _ = patches.shape
+    t = p // side
+    return patches.view(b, n, c, t, side, t, side).permute(0, 1, 3, 5, 2, 4, 6).reshape(b, n, t * t, -1)
+
+
 def finer_cells(ids: Tensor, width: int, side: int) -> Tensor:
     """(B, n) ids on a grid of some width -> (B, n * side**2) ids of their cells on the ``side`` times finer grid.
 
