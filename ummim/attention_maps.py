@@ -23,7 +23,7 @@ from ummim.data import Batch, Loader, ShardIndex, build_loader
 from ummim.data.attention import AttentionMaps
 from ummim.data.normalise import normalise
 from ummim.data.order import Pick
-from ummim.data.pipeline import Samples
+from ummim.data.samples import Samples
 from ummim.engine.faults import on_main
 from ummim.engine.zero import World
 from ummim.errors import CheckpointError

@@ -17,7 +17,7 @@ from tests.data.pictures import picture
 from ummim.data import Augment, Box, DataConfig, ShardIndex
 from ummim.data.attention import AttentionMaps, view_weights
 from ummim.data.order import Pick
-from ummim.data.pipeline import Samples
+from ummim.data.samples import Samples
 from ummim.masking import AttentionMaskConfig, AttentionSampler, MaskConfig, PlanSampler, sample_seed
 
 WHOLE = Box(0.0, 0.0, 1.0, 1.0)
@@ -149,7 +149,7 @@ def test_masks_of_a_batch_follow_each_rows_own_map(index: ShardIndex, maps: Atte
         expected, found = plain.batch(picks), driven.batch(picks)
         for i, (epoch, row, _) in enumerate(picks):
             seed = sample_seed(9, epoch, index.key(row))
-            _, box = driven.augment.located(driven.image(row), seed)
+            _, box = driven.augment.located_view(driven.reader.read(row), seed)
             assert found.plan.kept[i].tolist() == maps.plan(row, box, seed).kept.tolist()
     assert torch.equal(found.images, expected.images)
     assert found.keys == expected.keys

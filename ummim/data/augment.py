@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from PIL import Image
@@ -11,6 +11,9 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.tv_tensors import BoundingBoxes
 
 from ummim.data.config import DataConfig
+from ummim.data.images import decode
+
+View = Literal["random", "centre", "whole"]
 
 PADDING = 4  # of the padded crop, in pixels (MFF)
 
@@ -52,6 +55,29 @@ class Augment:
                 v2.PILToTensor(),
             ]
         )
+
+    def view(self, data: bytes, seed: int, kind: View = "random") -> Tensor:
+        """From an image file's bytes to the view that a model sees.
+
+        Args:
+            data: the file.
+            seed: of a random view, which is a pure function of image and seed.
+            kind: ``random`` crop and flip, ``centre`` (the whole short side), or ``whole`` (squashed to a square).
+
+        Returns:
+            (3, S, S) uint8.
+
+        Raises:
+            ValueError: the bytes are no image, or a broken one; the message says why.
+        """
+        image = decode(data)
+        if kind == "random":
+            return self(image, seed)
+        return (self.centre if kind == "centre" else self.whole)(image)
+
+    def located_view(self, data: bytes, seed: int) -> tuple[Tensor, Box]:
+        """The random view, and where it lies in the image; see ``view``. Resized crops only."""
+        return self.located(decode(data), seed)
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
         """Random crop and flip, a pure function of image and ``seed``; torch's own generator stays put."""
