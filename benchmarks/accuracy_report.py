@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from accuracy_rows import GROUPS
 from small_study import mean_difference, spread
 
 Run = dict[str, Any]
@@ -18,6 +19,7 @@ MEASURES = {  # key of a run: (title, factor, unit)
     "pretraining_seconds": ("seconds of pre-training", 1.0, "s"),
 }
 REFERENCE = "full"
+REFERENCE_OF = {row.name: row.reference for row in GROUPS["all"]} | {"scratch": REFERENCE}
 KINDS = ("plain", "progressive", "furthest", "both")
 RATIOS = (25, 50, 65)
 SOURCE = "PR-MIM (arXiv 2411.15746), Table 2: top-1 accuracy on ImageNet-1K, fine-tuned; MAE ViT-B/16, 100 epochs"
@@ -49,7 +51,7 @@ def effects() -> dict[str, tuple[list[str], list[str]]]:
 
 
 def summarise(runs: Sequence[Run]) -> dict[str, Any]:
-    """For each measure: the spread of each row over its seeds; paired differences to full reconstruction; effects.
+    """For each measure: the spread of each row over its seeds; paired differences to its reference; effects.
 
     ``interval`` is the half-width of the 95% confidence interval of a mean of differences, which are taken seed by
     seed (Student's t). What lacks a run of some seed goes without that seed.
@@ -61,9 +63,10 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
         parts: dict[str, Any] = {"rows": {}, "differences": {}, "effects": {}}
         for row in rows:
             parts["rows"][row] = spread([of[row, seed] for seed in seeds if (row, seed) in of])
-            paired = [seed for seed in seeds if (row, seed) in of and (REFERENCE, seed) in of]
-            if paired and row != REFERENCE:
-                parts["differences"][row] = mean_difference([of[row, s] - of[REFERENCE, s] for s in paired])
+            reference = REFERENCE_OF[row]
+            paired = [seed for seed in seeds if (row, seed) in of and (reference, seed) in of]
+            if paired and row != reference:
+                parts["differences"][row] = mean_difference([of[row, s] - of[reference, s] for s in paired])
         for name, (with_it, without) in effects().items():
             paired = [seed for seed in seeds if all((row, seed) in of for row in with_it + without)]
             if paired:
@@ -86,7 +89,7 @@ def print_table(summary: dict[str, Any]) -> None:
             line = f"  {row:<20} {factor * values['mean']:.{digits}f}{margin(values['deviation'], factor, digits)}"
             if row in parts["differences"]:
                 difference = parts["differences"][row]
-                line += f"; to {REFERENCE}: {factor * difference['mean']:+.{digits}f}"
+                line += f"; to {REFERENCE_OF[row]}: {factor * difference['mean']:+.{digits}f}"
                 line += margin(difference["interval"], factor, digits)
             if key == "fine_tuned" and row in PUBLISHED:
                 line += f"; published: {PUBLISHED[row]}"

@@ -1,12 +1,14 @@
 """The rows of accuracy_study.py: PR-MIM's Table 2, and choices of design that the paper leaves open or compares."""
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 from ummim.masking import MaskConfig
 from ummim.nn.aggregation import PartialConfig
 
 RANDOM, FURTHEST = MaskConfig(throwing="random"), MaskConfig(throwing="furthest")
 NONE, CONV = PartialConfig(aggregation="none"), PartialConfig(aggregation="conv")
+UNITS = MaskConfig(ratio=0.6, unit=2)  # SimMIM's mask, in squares of 2x2 tokens
 
 
 class Row(NamedTuple):
@@ -15,14 +17,20 @@ class Row(NamedTuple):
     Attributes:
         name: in results and file names.
         ratio: thrown tokens as a share of all (PR-MIM's r).
-        mask: how tokens are masked and thrown; masks must not differ between rows.
+        mask: how tokens are masked and thrown; masks must not differ between rows of a method.
         partial: how thrown tokens are filled in.
+        method: what is pre-trained.
+        reference: the row that this one is compared with, seed by seed.
+        attention_pass: TEC's ``method.attention_pass``.
     """
 
     name: str
     ratio: float
     mask: MaskConfig
     partial: PartialConfig
+    method: Literal["mae", "simmim", "tec"] = "mae"
+    reference: str = "full"
+    attention_pass: Literal["thrown", "whole"] = "thrown"
 
 
 TABLE = (
@@ -40,6 +48,39 @@ TABLE = (
     Row("r65-furthest", 0.65, FURTHEST, NONE),
     Row("r65-both", 0.65, FURTHEST, CONV),
 )
-OPTIONS = (Row("r50-both-kernel-3", 0.50, FURTHEST, PartialConfig(aggregation="conv", kernel_size=3)),)
+
+
+def option(name: str, partial: PartialConfig, mask: MaskConfig = FURTHEST) -> Row:
+    """A variant of PR-MIM at r = 50%, compared with PR-MIM's defaults."""
+    return Row(f"r50-both-{name}", 0.50, mask, partial, reference="r50-both")
+
+
+OPTIONS = (
+    option("kernel-3", PartialConfig(kernel_size=3)),
+    option("pool", PartialConfig(aggregation="pool")),
+    option("transformer", PartialConfig(aggregation="transformer")),
+    option("convnext", PartialConfig(aggregation="convnext")),
+    option("fill-all", PartialConfig(fill="all")),
+    option("fill-residual", PartialConfig(fill="residual")),
+    option("after-norm", PartialConfig(after_norm=True)),
+    option("ties-lowest", CONV, MaskConfig(throwing="furthest", ties="lowest")),
+    option("no-bias", PartialConfig(bias=False)),
+)
+SIMMIM = (
+    Row("simmim-full", 0.0, UNITS, NONE, "simmim", "simmim-full"),
+    Row("simmim-tokens", 0.50, UNITS, CONV, "simmim", "simmim-full"),
+    Row("simmim-units", 0.50, replace(UNITS, throw_unit=2), CONV, "simmim", "simmim-tokens"),
+)
+TEC = (
+    Row("tec-full", 0.0, RANDOM, NONE, "tec", "tec-full"),
+    Row("tec-thrown", 0.50, FURTHEST, CONV, "tec", "tec-full"),
+    Row("tec-whole", 0.50, FURTHEST, CONV, "tec", "tec-thrown", attention_pass="whole"),
+)
 REFERENCES = tuple(row for row in TABLE if row.name in ("full", "r50-both"))  # what the options are compared with
-GROUPS = {"table": TABLE, "options": REFERENCES + OPTIONS, "all": TABLE + OPTIONS}
+GROUPS = {
+    "table": TABLE,
+    "options": REFERENCES + OPTIONS,
+    "simmim": SIMMIM,
+    "tec": TEC,
+    "all": TABLE + OPTIONS + SIMMIM + TEC,
+}

@@ -1,7 +1,7 @@
 """Does partial reconstruction lose accuracy? PR-MIM's Table 2 in small: MAE on Fashion-MNIST, paired by seed.
 
     apt-get install dataset-fashion-mnist
-    nice -n 10 python benchmarks/accuracy_study.py [--rows table|options|all] [--jobs N] [--device cuda]
+    nice -n 10 python benchmarks/accuracy_study.py [--rows table|options|simmim|tec|all] [--jobs N] [--device cuda]
         [--output FILE.json] [--plot FILE.png] [--smoke]
 
 A small MAE is pre-trained on 28x28 pixels in 2x2 patches: a grid of 14x14 tokens, 49 of them visible, as ViT-B/16
@@ -16,6 +16,7 @@ goes on with the next one. Seed 0 of all rows comes first.
 import argparse
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,39 +27,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accuracy_models import GRID, PATCH, Model, build, classifier
 from accuracy_report import plot, print_table, summarise
-from accuracy_rows import GROUPS, NONE, Row
+from accuracy_rows import GROUPS, Row
 from fashion_mnist import Data
-from safetensors.torch import load_file, save_file
-from small_study import Classifier, Pretraining, Tuning, batches, curve_of, optimise, provenance, stored, tune
+from safetensors.torch import save_file
+from small_study import Pretraining, Tuning, batches, curve_of, optimise, provenance, stored, tune
 from torch import Tensor
 
 from ummim.atomic import write_text
-from ummim.backbones.vit import ViT, ViTConfig
 from ummim.masking import MaskPlan, PlanSampler, sample_seed
 from ummim.methods.api import Method
-from ummim.methods.mae import Config
-from ummim.nn.decoder import DecoderConfig
 from ummim.nn.layers import take
 from ummim.nn.targets import mean_squared_error, normalise_patches, patchify, pixel_targets
-
-IMAGE_SIZE, PATCH, GRID = 28, 2, (14, 14)
-
-
-@dataclass(frozen=True)
-class Model:
-    width: int = 64
-    depth: int = 4
-    heads: int = 2
-    decoder_width: int = 48
-    decoder_depth: int = 2
-    decoder_heads: int = 2
-    norm_pix_loss: bool = False
-
-    def config(self) -> Config:
-        encoder = ViTConfig(patch_size=PATCH, embed_dim=self.width, depth=self.depth, num_heads=self.heads)
-        decoder = DecoderConfig(self.decoder_width, self.decoder_depth, self.decoder_heads)
-        return Config(encoder=encoder, decoder=decoder, norm_pix_loss=self.norm_pix_loss)
 
 
 @dataclass(frozen=True)
@@ -91,20 +72,11 @@ def fingerprint(sampler: PlanSampler) -> str:
     return hashlib.blake2b(torch.cat([plan.visible, plan.kept], 1).numpy().tobytes(), digest_size=8).hexdigest()
 
 
-def build(row: Row, model: Model, seed: int) -> Method:
-    """The row's MAE; what all rows have starts from the same weights, whatever the aggregation draws."""
-    torch.manual_seed(seed)
-    full = model.config().build(IMAGE_SIZE, NONE, throwing=False)
-    torch.manual_seed(seed)
-    method = model.config().build(IMAGE_SIZE, row.partial, throwing=row.ratio > 0)
-    method.load_state_dict(full.state_dict(), strict=False)
-    return method
-
-
 def pretrain(row: Row, seed: int, data: Data, study: Study, device: str, weights: Path) -> dict[str, Any]:
     """The row's training curve, held-out losses, and seconds of training (of the processor, on a CPU)."""
     sizes = study.pretraining
-    method, sampler = build(row, study.model, seed).to(device), PlanSampler(GRID, row.mask, row.ratio)
+    teacher = weights.with_name(f"full-{seed}.safetensors")
+    method, sampler = build(row, study.model, seed, teacher).to(device), PlanSampler(GRID, row.mask, row.ratio)
     batch_at = batches(min(sizes.images, len(data.train_images)), sizes.batch, seed)
     clock = time.perf_counter if device == "cuda" else time.process_time  # other work on the machine counts less
 
@@ -116,7 +88,7 @@ def pretrain(row: Row, seed: int, data: Data, study: Study, device: str, weights
     start = clock()
     losses = optimise(method, loss_of, sizes.steps, sizes.lr, (0.9, 0.95))
     seconds = round(clock() - start, 1)
-    save_file(method.encoder.state_dict(), weights)
+    save_file(method.backbone().state_dict(), weights)
     held_out = held_out_losses(method, row, data, sizes.held_out_images, device)
     return {"curve": curve_of(losses, sizes.curve_every), **held_out, "pretraining_seconds": seconds}
 
@@ -125,8 +97,8 @@ def pretrain(row: Row, seed: int, data: Data, study: Study, device: str, weights
 def held_out_losses(method: Method, row: Row, data: Data, count: int, device: str) -> dict[str, float]:
     """Mean losses of the first ``count`` test images, under masks that are the same for all runs.
 
-    Over the kept tokens; over all masked tokens, where the row predicts the thrown ones; and over all masked tokens
-    with nothing thrown, which every row can decode.
+    Over the kept tokens (MAE only); over all masked tokens, where the row predicts the thrown ones; and over all
+    masked tokens with nothing thrown, which every row can decode.
     """
     own, whole = PlanSampler(GRID, row.mask, row.ratio), PlanSampler(GRID, row.mask)
     totals = dict.fromkeys(("kept_loss", "masked_loss", "whole_loss"), 0.0)
@@ -134,26 +106,16 @@ def held_out_losses(method: Method, row: Row, data: Data, count: int, device: st
         images, share = data.inputs(data.test_images[ids]), len(ids) / count
         plan = draw_plan(own, -1, 0, ids.tolist()).to(device)
         output = method(images, plan)
-        target = pixel_targets(images, plan.kept, PATCH, method.norm_pix_loss)
-        totals["kept_loss"] += mean_squared_error(take(output.prediction, plan.kept), target).item() * share
+        if row.method == "mae":
+            target = pixel_targets(images, plan.kept, PATCH, method.norm_pix_loss)
+            totals["kept_loss"] += mean_squared_error(take(output.prediction, plan.kept), target).item() * share
         totals["masked_loss"] += output.loss.item() * share
         totals["whole_loss"] += method(images, draw_plan(whole, -1, 0, ids.tolist()).to(device)).loss.item() * share
+    if row.method != "mae":
+        del totals["kept_loss"]
     if output.ids.shape[1] < plan.masked.shape[1]:
         del totals["masked_loss"]
     return totals
-
-
-def mean_of_tokens(tokens: Tensor) -> Tensor:
-    return tokens[:, 1:].mean(1)  # (B, D), without the class token
-
-
-def classifier(model: Model, seed: int, weights: Path | None) -> Classifier:
-    """A dense ViT with the weights at ``weights``, or fresh, and a fresh head on the mean of its tokens."""
-    torch.manual_seed(seed)
-    encoder = ViT(IMAGE_SIZE, model.config().encoder)
-    if weights is not None:
-        encoder.load_state_dict(load_file(weights))
-    return Classifier(encoder, mean_of_tokens, model.width)
 
 
 def changed(config: Any) -> dict[str, Any]:
@@ -171,6 +133,10 @@ def run(row: Row | None, seed: int, folder: Path, study: Study, device: str, run
         weights, sampler = runs / f"{name}-{seed}.safetensors", PlanSampler(GRID, row.mask, row.ratio)
         settings |= {"ratio": row.ratio, "partial": changed(row.partial), "plans": fingerprint(sampler)}
         settings |= {"pretraining": asdict(study.pretraining)}
+        if row.method != "mae":
+            settings |= {"method": row.method, "attention_pass": row.attention_pass}
+        if row.method == "tec" and not (runs / f"full-{seed}.safetensors").exists():
+            sys.exit(f"{name} learns from the encoder of the row full: run --rows table first")
         pretrained = stored(
             runs / f"{name}-{seed}-pretraining.json",
             settings,
@@ -179,7 +145,9 @@ def run(row: Row | None, seed: int, folder: Path, study: Study, device: str, run
     settings |= {"tuning": asdict(study.tuning)}
 
     def tuning() -> dict[str, float]:
-        return tune(classifier(study.model, seed, weights).to(device), data, study.tuning, seed)
+        return tune(
+            classifier(row.method if row else "mae", study.model, seed, weights).to(device), data, study.tuning, seed
+        )
 
     tuned = stored(runs / f"{name}-{seed}-tuning.json", settings, tuning)
     return {

@@ -30,6 +30,11 @@ def arguments(fashion, tmp_path):
     return ["--smoke", "--rows", "options", "--device", "cpu", *files]
 
 
+@pytest.fixture
+def models(module):
+    return module("accuracy_models")
+
+
 def plans(study, row):
     return study.draw_plan(study.PlanSampler(study.GRID, row.mask, row.ratio), 3, 1, range(6))
 
@@ -42,8 +47,9 @@ def test_the_table_has_the_paper_s_thirteen_rows(rows, module):
         assert row.ratio == int(ratio[1:]) / 100
         assert (row.partial.aggregation == "conv") == (kind in ("progressive", "both"))
         assert (row.mask.throwing == "furthest") == (kind in ("furthest", "both"))
-    names = [row.name for row in rows.TABLE + rows.OPTIONS]
+    names = [row.name for row in rows.GROUPS["all"]]
     assert len(set(names)) == len(names)
+    assert {row.reference for row in rows.GROUPS["all"]} <= set(names)
 
 
 def test_all_rows_see_the_same_masks_and_throw_their_share(study, rows):
@@ -65,29 +71,52 @@ def test_rows_throw_the_same_tokens_exactly_if_they_throw_alike(study, rows):
         assert not torch.equal(plain, furthest)
 
 
-def test_all_rows_start_from_the_same_weights(study, rows):
+def test_rows_of_another_method_share_their_masks_too(study, rows):
+    for group, hidden, thrown in ((rows.SIMMIM, 120, [0, 98, 96]), (rows.TEC, 147, [0, 98, 98])):
+        masked = [plans(study, row).masked.sort().values for row in group]
+        assert masked[0].shape == (6, hidden)
+        assert all(torch.equal(found, masked[0]) for found in masked)
+        assert [plans(study, row).thrown.shape[1] for row in group] == thrown
+
+
+def test_all_rows_start_from_the_same_weights(study, models, rows):
     model = study.SMOKE.model
-    full = study.build(rows.TABLE[0], model, 5).state_dict()
+    full = models.build(rows.TABLE[0], model, 5).state_dict()
     fills = set()
     for row in rows.TABLE + rows.OPTIONS:
-        state = study.build(row, model, 5).state_dict()
+        state = models.build(row, model, 5).state_dict()
         assert all(torch.equal(state[key], value) for key, value in full.items())
         extra = set(state) - set(full)
-        assert bool(extra) == (row.partial.aggregation != "none")
+        assert bool(extra) == (row.partial.aggregation not in ("none", "pool"))
         assert all(key.startswith("aggregation.") for key in extra)
         if row in rows.TABLE:
             fills |= {tuple(state[key].flatten().tolist()) for key in sorted(extra)}
     assert len(fills) == 2  # one weight and one bias: the convolution starts alike in every row that has one
     assert not torch.equal(
-        full["head.pred.weight"], study.build(rows.TABLE[0], model, 6).state_dict()["head.pred.weight"]
+        full["head.pred.weight"], models.build(rows.TABLE[0], model, 6).state_dict()["head.pred.weight"]
     )
 
 
-def test_losses_of_a_row_that_throws_nothing_are_one_and_the_same(study, rows, fashion):
+@pytest.mark.parametrize("group", ["simmim", "tec"])
+def test_every_method_s_encoder_becomes_a_classifier(study, models, rows, group, fashion, tmp_path):
+    model = models.Model(16, 3, 2, 16, 1, 2)
+    images = study.load(fashion, "cpu").inputs(study.load(fashion, "cpu").test_images[:4])
+    teacher = tmp_path / "full-0.safetensors"
+    study.save_file(models.build(rows.TABLE[0], model, 0).backbone().state_dict(), teacher)
+    for row in rows.GROUPS[group]:
+        method = models.build(row, model, 0, teacher)
+        study.save_file(method.backbone().state_dict(), tmp_path / "encoder.safetensors")
+        losses = study.held_out_losses(method, row, study.load(fashion, "cpu"), 8, "cpu")
+        assert set(losses) == {"masked_loss", "whole_loss"}
+        classifier = models.classifier(group, model, 1, tmp_path / "encoder.safetensors")
+        assert torch.equal(classifier.features(images), models.mean_of_tokens(method.backbone().eval()(images)))
+
+
+def test_losses_of_a_row_that_throws_nothing_are_one_and_the_same(study, models, rows, fashion):
     data = study.load(fashion, "cpu")
     losses = {}
     for row in (rows.TABLE[0], rows.TABLE[4], rows.TABLE[3]):
-        method = study.build(row, study.SMOKE.model, 0)
+        method = models.build(row, study.SMOKE.model, 0)
         losses[row.name] = study.held_out_losses(method, row, data, 16, "cpu")
     full, both, furthest = losses["full"], losses["r25-both"], losses["r25-furthest"]
     assert full["kept_loss"] == pytest.approx(full["masked_loss"], rel=1e-5) == pytest.approx(full["whole_loss"])
