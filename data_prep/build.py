@@ -1,37 +1,36 @@
 """``python -m data_prep build``: images in, shards and their index out, killable at any moment.
 
-Images are decoded in parallel, in blocks; this process writes them to shards in their order, so the output
-does not depend on the number of workers. Every finished shard gets a line in a journal; the same command run
-again goes on after the last one. The index is written last and the journal removed after it: a folder without
-an index is no dataset, and one with an index is a whole one.
+The images, in their final order, are cut into chunks, a shard each, and worker processes pack the chunks: read, decode,
+write a tar. This process gives the tars their names in order and notes each in a journal, so the output does not
+depend on the number of workers, and the same command run again goes on after the last note. The index is written
+last and the journal removed after it: a folder without an index is no dataset, and one with an index is a whole one.
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Generator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
 import PIL
 from tqdm import tqdm
 
-from data_prep.convert import Conversion
+from data_prep.convert import READER_LIMIT, Conversion
 from data_prep.files import atomic_write
 from data_prep.index import write_index
-from data_prep.journal import QUARANTINE, Bad, Journal, claim
+from data_prep.journal import QUARANTINE, SUMMARY, Bad, Journal, claim
+from data_prep.packing import Packed, Packer, chunks
 from data_prep.pool import ordered
-from data_prep.scan import scan
-from data_prep.shard_writer import ShardWriter
-from data_prep.sources import Item, Source, open_source
-from ummim.data.shards import CLASSES, JOURNAL, ShardIndex
+from data_prep.shard_writer import Finished
+from data_prep.sources import Item, Reading, Source, open_source, subset
+from data_prep.summary import report, summarise
+from data_prep.target import Target, open_target
+from ummim.data.shards import CLASSES, INDEX, TABLE
 from ummim.errors import DataError
 from ummim.masking import sample_seed
-
-_BLOCK = 16  # images a worker takes at a time
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,13 @@ class BuildOptions:
     """What decides the output, besides the images.
 
     Attributes:
-        shard_count: a shard is closed when it holds this many samples,
-        shard_bytes: or, if given, when it has reached this many bytes.
-        shuffle_seed: of the order of the samples in the shards; None sorts them by path.
+        shard_count: a shard holds this many images of the source, less what is left out of them,
+        shard_bytes: or, if given, those up to which it has this many bytes.
+        shuffle_seed: of the order of the samples in the shards; None leaves the source's.
         limit: take only this many images, the first ones after shuffling.
-        short_side, quality: see ``Conversion``.
-        unlabelled: take all images at any depth, without labels.
+        classes: take only these, and number them in this order; None takes all.
+        short_side, quality, exif, min_side, max_pixels: see ``Conversion``.
+        unlabelled, root, devkit, image_column, label_column: see ``Reading``.
         max_bad: share of unreadable images up to which the build goes on, leaving them out.
     """
 
@@ -52,141 +52,148 @@ class BuildOptions:
     shard_bytes: int | None = None
     shuffle_seed: int | None = 0
     limit: int | None = None
+    classes: tuple[str, ...] | None = None
     short_side: int | None = None
     quality: int | None = None
+    exif: Literal["keep", "bake", "drop"] = "keep"
+    min_side: int = 1
+    max_pixels: int = READER_LIMIT
     unlabelled: bool = False
+    root: str | None = None
+    devkit: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     max_bad: float = 0.01
 
 
-class Prepared(NamedTuple):
-    """A sample ready to be written, or (``reason`` not empty) one that could not be read."""
+def build(
+    src: str | Path,
+    dst: str | Path,
+    options: BuildOptions,
+    workers: int,
+    overwrite: bool = False,
+    staging: Path | None = None,
+) -> str:
+    """Build the shards of ``src`` in ``dst``, each a path or a URL; returns a summary of some lines.
 
-    item: Item
-    extension: str
-    data: bytes
-    reason: str
-
-
-def build(src: Path, dst: Path, options: BuildOptions, workers: int, overwrite: bool = False) -> str:
-    """Build the shards of ``src`` in ``dst``; returns a summary. A finished build is not built again.
+    A finished build is not built again. ``staging``: where shards for a URL are made before they are uploaded.
 
     Raises:
         DataError: nothing to build from, too many unreadable images, or a ``dst`` that holds something else.
         OSError: the disk is full, naming the file; nothing unfinished stays under a final name.
     """
     started = time.monotonic()
-    source = open_source(src, options.unlabelled)
+    target = open_target(str(dst), staging)
+    source = _open(str(src), options, workers)
     items = _arrange(source.items, options)
     identity = _identity(items, source, options)
-    if not overwrite and _finished(dst, identity):
-        return f"already built, nothing to do: {dst} ({len(ShardIndex.open(dst)):,} samples)"
-    with claim(dst, identity, overwrite) as journal:
-        done = journal.items_done
-        _write_shards(dst, items, options, workers, journal)
+    held = None if overwrite else target.holds(identity)
+    if held is not None:
+        return f"already built, nothing to do: {target} ({held:,} samples)"
+    with claim(target, identity, overwrite) as journal:
+        done = _write_shards(target, items, options, workers, journal)
         if not journal.shards:
             raise DataError(f"{src}: none of its {len(items)} images can be read: {_first(journal.bad)}")
-        if source.classes is not None:
-            with atomic_write(dst / CLASSES) as file:
-                file.writelines(f"{name}\n".encode() for name in source.classes)
-        _write_quarantine(dst, journal.bad)
-        paths = [dst / shard.name for shard in journal.shards]
-        summary = write_index(dst, journal.shards, list(ordered(scan, paths, workers)), identity)
-        journal.finish()
+        lines = _complete(target, journal, source.classes, identity)
     seconds = time.monotonic() - started
-    bad = f", {len(journal.bad)} unreadable images left out ({dst / QUARANTINE})" if journal.bad else ""
-    return f"{summary}{bad}; {seconds:.1f} s, {(len(items) - done) / seconds:,.0f} images/s"
+    return "\n".join([*lines, f"{seconds:.1f} s, {(len(items) - done) / seconds:,.0f} images/s"])
+
+
+def _open(src: str, options: BuildOptions, workers: int) -> Source:
+    reading = Reading(**{name: getattr(options, name) for name in Reading.__dataclass_fields__})
+    source = open_source(src, reading, workers)
+    return source if options.classes is None else subset(source, options.classes)
 
 
 def _arrange(items: list[Item], options: BuildOptions) -> list[Item]:
+    """The items in the order of the shards: those of a group stay together, for they are read together."""
     seed = options.shuffle_seed
     if seed is not None:
-        items = sorted(items, key=lambda item: sample_seed(seed, 0, item.key))
+
+        def place(item: Item) -> tuple[int, int]:
+            group = sample_seed(seed, 0, f"group {item.group}") if item.group >= 0 else 0
+            return group, sample_seed(seed, 0, item.key)
+
+        items = sorted(items, key=place)
     return items[: options.limit]
 
 
 def _identity(items: list[Item], source: Source, options: BuildOptions) -> str:
     """Hash of everything that decides the output but the pixels: keys, sizes, labels, options."""
-    digest = hashlib.sha256(repr((PIL.__version__, replace(options, max_bad=0.0), source.classes)).encode())
+    decisive = replace(options, max_bad=0.0, root=None, devkit=None)
+    digest = hashlib.sha256(repr((PIL.__version__, decisive, source.classes)).encode())
     for item in items:
         digest.update(f"{item.key!r} {item.label} {item.size}\n".encode())
     return digest.hexdigest()
 
 
-def _finished(dst: Path, identity: str) -> bool:
-    if (dst / JOURNAL).exists():
-        return False
-    try:
-        index = ShardIndex.open(dst)
-        index.check()
-    except DataError:
-        return False
-    return index.source == identity
-
-
-def _write_shards(dst: Path, items: list[Item], options: BuildOptions, workers: int, journal: Journal) -> None:
-    """Write the shards that the journal does not have yet."""
-    start = position = journal.items_done
-    tolerated = int(options.max_bad * len(items))
-    bad: list[Bad] = []  # since the last finished shard
-    writer: ShardWriter | None = None
-    conversion = Conversion(options.short_side, options.quality)
+def _write_shards(target: Target, items: list[Item], options: BuildOptions, workers: int, journal: Journal) -> int:
+    """Write the shards that the journal does not have yet; returns how many images were done before."""
+    fields = ("short_side", "quality", "exif", "min_side", "max_pixels")
+    conversion = Conversion(**{name: getattr(options, name) for name in fields})
+    packer = Packer(target.folder, conversion, options.shard_bytes, int(options.max_bad * len(items)))
+    todo = list(chunks(items, options.shard_count, options.shard_bytes, conversion))
+    done = sum(len(chunk.items) for chunk in todo[: journal.chunks])
+    todo = todo[journal.chunks :]
     with (
-        closing(_prepared(items[start:], conversion, workers)) as samples,
-        tqdm(samples, "build", len(items), initial=start, unit=" images", disable=None) as bar,
+        tqdm(None, "build", len(items), initial=done, unit=" images", smoothing=0.05, disable=None) as bar,
+        closing(ordered(packer, todo, workers, bar)) as packed,
     ):
-        try:
-            for sample in bar:
-                position += 1
-                if sample.reason:
-                    bad.append(Bad(sample.item.name, sample.reason))
-                    if len(journal.bad) + len(bad) > tolerated:
-                        raise _too_many(dst, [*journal.bad, *bad], len(items), options.max_bad)
-                    continue
-                writer = writer or ShardWriter(dst / f"shard-{len(journal.shards):06d}.tar")
-                writer.add(sample.item.key, sample.extension, sample.data, sample.item.label)
-                full = options.shard_bytes is not None and writer.size >= options.shard_bytes
-                if full or writer.samples >= options.shard_count:
-                    journal.add(writer.close(), position, bad)
-                    writer, bad = None, []
-            if writer or bad:
-                journal.add(writer.close() if writer else None, position, bad)
-        except BaseException as error:
-            if writer:
-                writer.abort(error)
-            raise
+        for shards, bad in target.uploading(_named(target, packed, journal, len(items), options.max_bad)):
+            journal.add(shards, bad)
+    return done
 
 
-def _prepared(items: list[Item], conversion: Conversion, workers: int) -> Generator[Prepared, None, None]:
-    blocks = (items[i : i + _BLOCK] for i in range(0, len(items), _BLOCK))
-    for block in ordered(partial(_prepare, conversion=conversion), blocks, workers):
-        yield from block
+def _named(
+    target: Target, packed: Iterator[Packed], journal: Journal, total: int, max_bad: float
+) -> Iterator[tuple[Packed, list[str]]]:
+    """Each chunk and the names that its shards have now."""
+    number, bad = len(journal.shards), list(journal.bad)
+    for found in packed:
+        bad += found.bad
+        if len(bad) > int(max_bad * total):
+            raise _too_many(target, bad, total, max_bad)
+        shards: list[Finished] = []
+        for entry in found.shards:
+            shard = replace(entry.shard, name=f"shard-{number:06d}.tar")
+            (target.folder / entry.shard.name).replace(target.folder / shard.name)
+            shards.append(entry._replace(shard=shard))
+            number += 1
+        yield Packed(shards, found.bad), [entry.shard.name for entry in shards]
 
 
-def _prepare(items: list[Item], conversion: Conversion) -> list[Prepared]:
-    prepared = []
-    for item in items:
-        try:
-            prepared.append(Prepared(item, *conversion(item.read()), ""))
-        except OSError as error:
-            prepared.append(Prepared(item, "", b"", error.strerror or str(error)))
-        except ValueError as error:
-            prepared.append(Prepared(item, "", b"", str(error)))
-    return prepared
+def _complete(target: Target, journal: Journal, classes: list[str] | None, identity: str) -> list[str]:
+    """Write what lies beside the shards, the index last; returns the lines to print."""
+    folder, shards = target.folder, journal.shards
+    if classes is not None:
+        with atomic_write(folder / CLASSES) as file:
+            file.writelines(f"{name}\n".encode() for name in classes)
+    _write_quarantine(folder, journal.bad)
+    summary = summarise(shards, journal.bad, classes)
+    with atomic_write(folder / SUMMARY) as file:
+        file.write(json.dumps(summary, indent=1, ensure_ascii=False).encode() + b"\n")
+    line = write_index(folder, [entry.shard for entry in shards], [entry.rows for entry in shards], identity)
+    for name in (CLASSES, QUARANTINE, SUMMARY, TABLE, INDEX):
+        if (folder / name).exists():
+            target.publish(name)
+    journal.finish()
+    return [f"{line.removesuffix(f': {folder}')}: {target}", *report(summary)]
 
 
-def _too_many(dst: Path, bad: list[Bad], total: int, max_bad: float) -> DataError:
-    _write_quarantine(dst, bad)
+def _too_many(target: Target, bad: list[Bad], total: int, max_bad: float) -> DataError:
+    _write_quarantine(target.folder, bad)
     return DataError(
         f"{len(bad)} of {total} images cannot be read, more than --max-bad {max_bad:g}: {_first(bad)}; "
-        f"mend or remove them (all so far: {dst / QUARANTINE}), or raise --max-bad, and run again"
+        f"mend or remove them (all so far: {target.folder / QUARANTINE}), or raise --max-bad, and run again"
     )
 
 
-def _first(bad: list[Bad]) -> str:
+def _first(bad: Sequence[Bad]) -> str:
     return ", ".join(f"{entry.file} ({entry.reason})" for entry in bad[:3])
 
 
-def _write_quarantine(dst: Path, bad: list[Bad]) -> None:
+def _write_quarantine(folder: Path, bad: Sequence[Bad]) -> None:
+    (folder / QUARANTINE).unlink(missing_ok=True)  # of a build that failed
     if bad:
-        with atomic_write(dst / QUARANTINE) as file:
+        with atomic_write(folder / QUARANTINE) as file:
             file.writelines(json.dumps(asdict(entry), ensure_ascii=False).encode() + b"\n" for entry in bad)

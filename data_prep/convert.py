@@ -1,14 +1,39 @@
-"""What of an image goes into a shard: its own bytes where possible, a JPEG or PNG otherwise."""
+"""What of an image goes into a shard: its own bytes where possible, a JPEG or PNG otherwise. Every image is decoded."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-from PIL import Image
+import simplejpeg
+from PIL import ExifTags, Image
 
-from ummim.data.images import UNREADABLE, open_image, reason, to_rgb
+from ummim.data.images import open_image, reason, to_rgb
 
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with pictures behind it
+FORMATS = {*KEPT, "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF"}  # Pillow runs a program to read EPS
 DEFAULT_QUALITY = 95
+READER_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 2**62)  # pixels; above it, the loader refuses an image
+_NOTES, _SCAN = 0xE1, 0xDA  # markers in a JPEG: EXIF or XMP, which may turn the picture, and its data
+_MODES = {"Gray": "L", "YCbCr": "RGB", "RGB": "RGB"}
+
+
+class Stored(NamedTuple):
+    """What is stored of an image, and what it was.
+
+    Attributes:
+        extension: of the member, without the dot.
+        data: bytes to store.
+        width, height: pixels of what is stored, upright.
+        kind: format and colour mode of the source, "JPEG RGB".
+    """
+
+    extension: str
+    data: bytes
+    width: int
+    height: int
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -17,33 +42,143 @@ class Conversion:
     short_side: images with a larger short side are shrunk to it (bicubic), in pixels; None leaves the size.
     quality: every image becomes a JPEG of this quality; None keeps the bytes of JPEG, PNG and WebP files that
         are not shrunk, stores other formats as PNG, and shrunk images as JPEG of quality 95.
+    exif: "keep" leaves the EXIF rotation in the bytes that are kept, for the loader to apply; "bake" turns such
+        images and stores them anew (JPEG of quality 95, PNG for other formats); "drop" takes the rotation away, so
+        that the picture lies as it is stored (a JPEG loses its EXIF and XMP, its pixels stay). What is encoded
+        anyway has no EXIF: the rotation is applied, or with "drop" ignored.
+    min_side: images with a smaller side are refused, in pixels.
+    max_pixels: images with more pixels are refused before they are decoded.
     """
 
     short_side: int | None = None
     quality: int | None = None
+    exif: Literal["keep", "bake", "drop"] = "keep"
+    min_side: int = 1
+    max_pixels: int = READER_LIMIT
 
-    def __call__(self, data: bytes) -> tuple[str, bytes]:
-        """(extension, bytes) to store, after decoding ``data`` in full.
+    @property
+    def keeps_bytes(self) -> bool:
+        return self.short_side is None and self.quality is None
+
+    def __call__(self, data: bytes) -> Stored:
+        """What to store of an image file, after decoding it in full.
 
         Raises:
-            ValueError: ``data`` is no readable image; the message says why.
+            ValueError: ``data`` is no readable image, or too small or too large a one; the message says why.
         """
+        size = None if self.quality is not None else _plain_jpeg(data, self.max_pixels)
+        if size is not None and not self._shrinks(size.width, size.height):
+            self._check_side(size.width, size.height)
+            return self._checked(Stored("jpg", data, size.width, size.height, size.kind))
         try:
-            image = open_image(data)
-            kept = KEPT.get(image.format or "")
-            rgb = to_rgb(image)
-        except UNREADABLE as error:
+            return self._checked(self._convert(data))
+        except Exception as error:  # a damaged file makes Pillow raise anything
             raise ValueError(reason(error)) from None
-        shrink = self.short_side is not None and min(rgb.size) > self.short_side
+
+    def _convert(self, data: bytes) -> Stored:
+        with _no_pixel_limit():
+            image = open_image(data)
+        if image.format not in FORMATS:
+            raise ValueError(f"{image.format} files are not taken")
+        if image.width * image.height > self.max_pixels:
+            raise ValueError(f"{image.width}x{image.height} pixels are more than {self.max_pixels}")
+        self._check_side(*image.size)
+        kind = f"{image.format} {image.mode}"
+        kept = KEPT.get(image.format or "")
+        turned = _is_turned(image)
+        if turned and self.exif == "drop":
+            image.getexif()[ExifTags.Base.Orientation] = 1
+        rgb = to_rgb(image)
+        shrink = self._shrinks(*rgb.size)
         if kept and not shrink and self.quality is None:
-            return kept, data
+            if not turned or self.exif == "keep":
+                return Stored(kept, data, *rgb.size, kind)
+            if kept == "jpg":
+                data = _without_notes(data) if self.exif == "drop" else _encode(rgb, "JPEG")
+                return Stored(kept, data, *rgb.size, kind)
         if shrink and self.short_side is not None:
             scale = self.short_side / min(rgb.size)
             size = (max(round(rgb.width * scale), 1), max(round(rgb.height * scale), 1))
             rgb = rgb.resize(size, Image.Resampling.BICUBIC)
-        buffer = io.BytesIO()
         if shrink or self.quality is not None:
-            rgb.save(buffer, "JPEG", quality=self.quality or DEFAULT_QUALITY)
-            return "jpg", buffer.getvalue()
-        rgb.save(buffer, "PNG")
-        return "png", buffer.getvalue()
+            return Stored("jpg", _encode(rgb, "JPEG", self.quality or DEFAULT_QUALITY), *rgb.size, kind)
+        return Stored("png", _encode(rgb, "PNG"), *rgb.size, kind)
+
+    def _shrinks(self, width: int, height: int) -> bool:
+        return self.short_side is not None and min(width, height) > self.short_side
+
+    def _check_side(self, width: int, height: int) -> None:
+        if min(width, height) < self.min_side:
+            raise ValueError(f"{width}x{height} pixels: a side is below {self.min_side}")
+
+    def _checked(self, stored: Stored) -> Stored:
+        if stored.width * stored.height > READER_LIMIT:
+            raise ValueError(f"{stored.width}x{stored.height} pixels as stored, but the loader reads up to "
+                             f"{READER_LIMIT}: shrink with --short-side")  # fmt: skip
+        return stored
+
+
+class _Plain(NamedTuple):
+    width: int
+    height: int
+    kind: str
+
+
+def _plain_jpeg(data: bytes, max_pixels: int) -> _Plain | None:
+    """Size and kind of a JPEG that libjpeg-turbo decodes without a complaint and that no note turns; None: ask Pillow.
+
+    All of the coded data are decoded; the inverse transform is done for one pixel in 64, for it cannot fail.
+    """
+    if not data.startswith(b"\xff\xd8\xff"):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours not in _MODES or width * height > max_pixels:
+            return None
+        simplejpeg.decode_jpeg(data, "GRAY", fastdct=True, fastupsample=True, min_height=1, min_width=1)
+        noted = any(marker == _NOTES for marker, _, _ in _segments(data))
+        if noted and _is_turned(open_image(data)):
+            return None
+    except Exception:  # Pillow will say what is wrong, or find nothing
+        return None
+    return _Plain(width, height, f"JPEG {_MODES[colours]}")
+
+
+def _is_turned(image: Image.Image) -> bool:
+    return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+
+
+def _without_notes(data: bytes) -> bytes:
+    """A JPEG without its EXIF and XMP segments (APP1)."""
+    parts, end = [data[:2]], 2
+    for marker, start, end in _segments(data):
+        parts += [data[start:end]] if marker != _NOTES else []
+    return b"".join([*parts, data[end:]])
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker, start, end) of the segments of a JPEG's header."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != _SCAN:
+        if data[at + 1] == 0xFF:  # padding
+            at += 1
+            continue
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        yield data[at + 1], at, end
+        at = end
+
+
+def _encode(rgb: Image.Image, kind: str, quality: int = DEFAULT_QUALITY) -> bytes:
+    buffer = io.BytesIO()
+    rgb.save(buffer, kind, **({"quality": quality} if kind == "JPEG" else {}))
+    return buffer.getvalue()
+
+
+@contextmanager
+def _no_pixel_limit() -> Iterator[None]:
+    """Pillow refuses an image above its limit while reading the header; ours is checked after it."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit

@@ -1,48 +1,113 @@
 """What a tar shard holds: the position of every sample's image, and its label."""
 
 import hashlib
+import json
 import os
-import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from data_prep.tar import Fault, Member, members
 from ummim.data.shards import UNLABELLED, Shard, table_dtype
-from ummim.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")  # in order of preference
-_END = 1024  # a tar ends with two zero blocks
+_TWICE = "the key comes twice in this shard"
+_KEY_BYTES = 1024  # every row of the table has room for the longest key
 
 
-def scan(path: Path, labels: bool = True) -> np.ndarray:
-    """Rows of ``table_dtype`` for the samples of a tar, by offset; ``shard`` is left 0.
+@dataclass(frozen=True)
+class Rules:
+    """What of foreign shards goes into the index, and how.
 
-    A sample is a run of members with the same name up to the first dot (WebDataset's rule); its image is the
-    member with an image's extension, its label the number in ``.cls``.
+    A sample is a run of members with the same name up to the first dot of the file name; members without one
+    do not count (both as in WebDataset).
+
+    Attributes:
+        image: extensions that may hold the image, in order of preference.
+        labels: read labels, from the number in ``.cls``,
+        label_field: or, if given, from this field of ``.json``.
+        last_dot: the extension begins at the last dot of the file name, not at the first.
+        prefix_keys: a key is the shard's name without ``.tar``, a slash, and the key in the shard.
+        skip_incomplete: leave out samples without an image, and those without a label where others have one.
+    """
+
+    image: tuple[str, ...] = IMAGES
+    labels: bool = True
+    label_field: str | None = None
+    last_dot: bool = False
+    prefix_keys: bool = False
+    skip_incomplete: bool = False
+
+
+@dataclass
+class Survey:
+    """What was found in a shard.
+
+    Attributes:
+        rows: ``table_dtype`` of its sound samples, by offset; ``shard`` is left 0.
+        faults: everything that is wrong with the others, and with the tar.
+        skipped: incomplete samples left out by ``Rules.skip_incomplete``.
+        several: samples with more than one image among ``Rules.image``.
+        ignored: members without an extension, links and sparse files.
+    """
+
+    rows: np.ndarray
+    faults: list[Fault] = field(default_factory=list)
+    skipped: int = 0
+    several: int = 0
+    ignored: int = 0
+
+
+class _Sample(NamedTuple):
+    key: str
+    members: dict[str, Member]  # by lower-case extension
+
+
+class _Incomplete(Exception):
+    """The sample lacks its image or its label."""
+
+
+class _Wrong(Exception):
+    """The sample is faulty; ``args``: kind, reason, offset."""
+
+
+def survey(path: Path, name: str, rules: Rules, labelled: bool = False) -> Survey:
+    """Read the headers (and labels) of the shard ``path``, called ``name`` in the index.
+
+    With ``labelled``, a sample without a label is incomplete.
 
     Raises:
-        DataError: the tar is missing, cut short or damaged, a sample has no image or comes twice, or a label
-            is no number.
+        OSError: the file cannot be read.
     """
+    found = Survey(np.empty(0))
     records: list[tuple[bytes, int, int, int, int]] = []
     seen: set[str] = set()
-    try:
-        with path.open("rb") as file:
-            for key, members in _samples(path, file):
-                image = next((members[name] for name in IMAGES if name in members), None)
-                if image is None:
-                    has = ", ".join(sorted(members))
-                    raise DataError(f"{path}: key {key!r} has no image, only {has}: remove it from the shard")
+    with path.open("rb") as file:
+        for sample in _samples(file, name, rules, found):
+            key, first = sample.key, min(member.header for member in sample.members.values())
+            try:
                 if key in seen:
-                    raise _twice(path, key, image)
+                    raise _Wrong("key", f"{_TWICE}: keep its members side by side, and keys unique", first)
                 seen.add(key)
-                label = _label(path, file, key, members["cls"]) if labels and "cls" in members else UNLABELLED
-                records.append((_encode(key), 0, image.offset_data, image.size, label))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    return np.array(records, table_dtype(max((len(record[0]) for record in records), default=1)))
+                image = _image(sample, rules, found)
+                label = _label(file, sample, rules) if rules.labels else UNLABELLED
+                if labelled and label == UNLABELLED:
+                    where = f"field {rules.label_field!r} of its .json" if rules.label_field else ".cls"
+                    raise _Incomplete(f"no label ({where}), though the data is labelled")
+                records.append((_encoded(key, first), 0, image.offset, image.size, label))
+            except _Incomplete as lack:
+                if rules.skip_incomplete:
+                    found.skipped += 1
+                else:
+                    found.faults.append(Fault(name, "member", str(lack), key, first))
+            except _Wrong as wrong:
+                kind, reason, byte = wrong.args
+                found.faults.append(Fault(name, kind, reason, key, byte))
+    found.rows = np.array(records, table_dtype(max((len(record[0]) for record in records), default=1)))
+    return found
 
 
 def checksum(path: Path) -> Shard:
@@ -52,66 +117,84 @@ def checksum(path: Path) -> Shard:
         return Shard(path.name, os.fstat(file.fileno()).st_size, digest, 0)
 
 
-def _samples(path: Path, file: BinaryIO) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """(key, members by lower-case extension) of each sample, in the order of the tar."""
-    key = ""
-    members: dict[str, tarfile.TarInfo] = {}
-    for member in _members(path, file):
-        folder, slash, name = member.name.rpartition("/")
-        stem, _, extension = name.partition(".")
-        extension = extension.lower()
-        if folder + slash + stem != key:
-            if members:
-                yield key, members
-            key, members = folder + slash + stem, {}
-        if extension in members:
-            raise _twice(path, key, member)
-        members[extension] = member
-    if members:
-        yield key, members
+def key_text(key: bytes) -> str:
+    """A key of the table, for messages, whatever its bytes."""
+    return bytes(key).decode("utf-8", "backslashreplace")
 
 
-def _members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a tar, and a check that it ends where a tar ends.
+def _samples(file: BinaryIO, name: str, rules: Rules, found: Survey) -> Iterator[_Sample]:
+    """Samples in the order of the tar; faults of the tar and of repeated members go to ``found``."""
+    prefix = f"{name.removesuffix('.tar')}/" if rules.prefix_keys else ""
+    sample = _Sample("", {})
+    for member in members(file, name):
+        if isinstance(member, Fault):
+            found.faults.append(member)
+            continue
+        key, extension = _split(member.name, rules.last_dot)
+        if not key or not member.is_plain:
+            found.ignored += 1
+            continue
+        key = prefix + key
+        if key != sample.key:
+            if sample.members:
+                yield sample
+            sample = _Sample(key, {})
+        if extension in sample.members:
+            reason = f"{_TWICE}, both times with .{extension}: keys must be unique"
+            found.faults.append(Fault(name, "key", reason, key, member.header))
+            continue
+        sample.members[extension] = member
+    if sample.members:
+        yield sample
 
-    Python's ``tarfile`` takes a tar that stops between two members, or goes on with rubbish, for a whole one.
-    """
-    size = os.fstat(file.fileno()).st_size
-    end = 0
+
+def _split(name: str, last_dot: bool) -> tuple[str, str]:
+    """Key and lower-case extension of a member; an empty key if it has no extension."""
+    folder, slash, file_name = name.rpartition("/")
+    stem, dot, extension = file_name.rpartition(".") if last_dot else file_name.partition(".")
+    return (folder + slash + stem, extension.lower()) if stem and dot else ("", "")
+
+
+def _image(sample: _Sample, rules: Rules, found: Survey) -> Member:
+    images = [sample.members[extension] for extension in rules.image if extension in sample.members]
+    if not images:
+        wanted = f" ({', '.join(rules.image)})" if rules.image != IMAGES else ""
+        raise _Incomplete(f"no image{wanted}, only {', '.join(sorted(sample.members))}")
+    found.several += len(images) > 1
+    if images[0].size >= 2**32:
+        raise _Wrong("image", "the image has more than 4 GiB", images[0].offset)
+    return images[0]
+
+
+def _label(file: BinaryIO, sample: _Sample, rules: Rules) -> int:
+    member = sample.members.get("json" if rules.label_field else "cls")
+    if member is None:
+        return UNLABELLED
+    content = os.pread(file.fileno(), member.size, member.offset)
+    found: object = content
+    if rules.label_field:
+        try:
+            fields = json.loads(content)
+        except (ValueError, RecursionError):
+            raise _Wrong("label", "its .json is not JSON", member.offset) from None
+        found = fields.get(rules.label_field) if isinstance(fields, dict) else None
+        if found is None:
+            return UNLABELLED
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                end = member.offset_data + member.size
-                if end > size:
-                    raise tarfile.ReadError(f"member {member.name!r} should end at byte {end}")
-                if member.isfile() and not member.name.startswith("__"):
-                    yield member
-            end = tar.offset
-    except (tarfile.TarError, ValueError) as error:
-        raise DataError(f"{path}: truncated at byte {size}, or no plain tar ({error}): restore the shard") from None
-    tail = os.pread(file.fileno(), _END, end)
-    if tail != bytes(_END):
-        fault = f"damaged at byte {end}" if tail.strip(b"\0") else f"truncated at byte {size}"
-        raise DataError(f"{path}: {fault}: no end-of-archive mark after the last member: restore the shard")
-
-
-def _label(path: Path, file: BinaryIO, key: str, member: tarfile.TarInfo) -> int:
-    text = os.pread(file.fileno(), member.size, member.offset_data)
-    try:
-        label = int(text)
+        label = int(found) if isinstance(found, bytes | str | int) and not isinstance(found, bool) else -1
     except ValueError:
         label = -1
     if not 0 <= label < 2**31:
-        raise DataError(
-            f"{path}: key {key!r} has the label {text[:40]!r} in .cls, not a number from 0: "
-            "mend it, or index without labels: --ignore-labels"
-        )
+        where = f"field {rules.label_field!r} of .json" if rules.label_field else ".cls"
+        raise _Wrong("label", f"the label in {where} is {str(found)[:40]}, not a number from 0", member.offset)
     return label
 
 
-def _encode(key: str) -> bytes:
-    return key.encode("utf-8", "replace")  # names of another encoding come as lone surrogates
-
-
-def _twice(path: Path, key: str, member: tarfile.TarInfo) -> DataError:
-    return DataError(f"{path}: key {key!r} comes twice, again at byte {member.offset}: keys must be unique")
+def _encoded(key: str, header: int) -> bytes:
+    """The key in UTF-8; bytes of a name in another encoding as ``\\udcXX``."""
+    encoded = key.encode("utf-8", "backslashreplace")
+    if b"\0" in encoded:
+        raise _Wrong("key", "the key holds a zero byte", header)
+    if len(encoded) > _KEY_BYTES:
+        raise _Wrong("key", f"the key has {len(encoded)} bytes, more than {_KEY_BYTES}", header)
+    return encoded

@@ -55,6 +55,6 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Smal
         return
     print("mounting a tmpfs is not permitted here: a shard that is a link to /dev/full stands in")
     monkeypatch.setattr(journal, "TEMPORARY", ".kept")  # else the link would be cleared away as a leftover
-    link = folder / "shard-000002.tar.tmp"
+    link = folder / "chunk-000002-0.tar.tmp.tmp"
     link.symlink_to("/dev/full")
     yield SmallDisk(folder, lambda: link.unlink(missing_ok=True))

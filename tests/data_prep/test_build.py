@@ -1,23 +1,18 @@
 import json
-import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
 import webdataset
 from PIL import Image
 
-from data_prep import build as building
+from data_prep import journal
 from data_prep.__main__ import main
-from data_prep.journal import Journal
-from data_prep.shard_writer import ShardWriter
 from tests.conftest import ROOT
-from tests.data.pictures import contents, encode, is_running, picture, write_tree
+from tests.data.pictures import contents, encode, picture, write_tree
 from tests.data_prep.conftest import SmallDisk
 from ummim.data.shards import ShardIndex, ShardReader
 
@@ -214,7 +209,10 @@ def test_a_destination_that_is_a_file(tree: Path, tmp_path: Path, capsys: pytest
     assert "is not a folder" in capsys.readouterr().err
 
 
-def test_two_builds_do_not_share_a_folder(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_builds_do_not_share_a_folder(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(journal, "_PATIENCE", 1)
     (tmp_path / "dst").mkdir()
     holder = (
         "import fcntl,sys,time; f=open(sys.argv[1],'a'); fcntl.flock(f,2); print('held',flush=True); time.sleep(60)"
@@ -251,89 +249,3 @@ def test_a_full_disk_is_one_message_and_the_next_run_goes_on(
     assert {path: path.stat().st_mtime_ns for path in finished} == stamps  # not written again
     assert run("build", src, tmp_path / "reference", "--shard-count", 1) == 0
     assert contents(small_disk.folder) == contents(tmp_path / "reference")
-
-
-def kill_at(point: str, count: int) -> None:
-    """SIGKILL this process at the ``count``-th pass of a point of the build."""
-    owner: object
-    owner, name = {
-        "inside a shard": (ShardWriter, "add"),
-        "before the journal's line": (Journal, "add"),
-        "before the index": (building, "write_index"),
-        "before the journal goes": (Journal, "finish"),
-    }[point]
-    original = getattr(owner, name)
-    calls = iter(range(1, 10**6))
-
-    def killing(*arguments: object) -> object:
-        if next(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments)
-
-    setattr(owner, name, killing)
-
-
-def _killed_build(point: str, count: int, src: Path, dst: Path) -> None:
-    kill_at(point, count)
-    run("build", src, dst, "--shard-count", 5)
-
-
-@pytest.mark.parametrize(
-    ("point", "count"),
-    [
-        ("inside a shard", 1),
-        ("inside a shard", 13),
-        ("before the journal's line", 3),
-        ("before the index", 1),
-        ("before the journal goes", 1),
-    ],
-)
-def test_a_killed_build_run_again_gives_the_same_bytes(
-    tree: Path, shards: Path, tmp_path: Path, point: str, count: int
-) -> None:
-    dst = tmp_path / "killed"
-    context = multiprocessing.get_context("fork")
-    process = context.Process(target=_killed_build, args=(point, count, tree, dst))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert (dst / "index.json").exists() == (point == "before the journal goes")
-    assert (dst / "build.journal").exists()
-    assert run("build", tree, dst, "--shard-count", 5) == 0
-    assert contents(dst) == contents(shards)
-
-
-def test_an_unfinished_build_is_not_taken_for_shards(
-    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    process = multiprocessing.get_context("fork").Process(
-        target=_killed_build, args=("before the index", 1, tree, tmp_path / "dst")
-    )
-    process.start()
-    process.join()
-    assert run("index", tmp_path / "dst") == 2
-    assert run("verify", tmp_path / "dst") == 2
-    message = capsys.readouterr().err
-    assert "unfinished build" in message
-    assert "the build has not finished" in message
-
-
-def test_workers_end_with_a_build_that_is_killed(tmp_path: Path) -> None:
-    src = write_tree(tmp_path / "images", each=40)
-    slow = (
-        "import time, multiprocessing, data_prep.build as b, data_prep.__main__ as m\n"
-        "prepare = b._prepare\n"
-        "def slow(items, conversion):\n"
-        "    print(multiprocessing.current_process().pid, flush=True); time.sleep(0.5)\n"
-        "    return prepare(items, conversion)\n"
-        "b._prepare = slow\n"
-        f"m.main(['build', {str(src)!r}, {str(tmp_path / 'dst')!r}, '--workers', '2'])\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
-        assert parent.stdout is not None
-        workers = {int(parent.stdout.readline()), int(parent.stdout.readline())}
-        parent.kill()
-    deadline = time.monotonic() + 20
-    while any(is_running(pid) for pid in workers):
-        assert time.monotonic() < deadline, "worker processes outlive the build"
-        time.sleep(0.05)

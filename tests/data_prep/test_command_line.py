@@ -30,7 +30,7 @@ def test_a_wrong_command_line_exits_with_2(arguments: list[str], capsys: pytest.
 
 def test_sizes_are_decimal(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(building, "build", lambda src, dst, options, workers, overwrite: seen.append(options))
+    monkeypatch.setattr(building, "build", lambda src, dst, options, *_: seen.append(options))
     for text in ("500", "3kB", "256MB", "2G"):
         assert main(["build", str(tree), str(tmp_path / "dst"), "--shard-bytes", text]) == 0
     assert [options.shard_bytes for options in seen] == [500, 3000, 256_000_000, 2_000_000_000]

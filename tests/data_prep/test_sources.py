@@ -9,7 +9,7 @@ from PIL import Image
 
 from data_prep import make_sample
 from data_prep.__main__ import main
-from data_prep.sources import make_key, open_source
+from data_prep.sources import Reading, make_key, open_source
 from tests.conftest import ROOT
 from tests.data.pictures import encode, picture, write_tree
 from ummim.data.shards import ShardIndex, ShardReader
@@ -110,7 +110,7 @@ def test_images_beside_class_folders_are_refused_unless_unlabelled(tmp_path: Pat
     (root / "stray.jpg").write_bytes(encode(picture()))
     with pytest.raises(DataError, match=r"images beside them \(stray.jpg\)"):
         open_source(root)
-    source = open_source(root, unlabelled=True)
+    source = open_source(root, Reading(unlabelled=True))
     assert source.classes is None
     assert {item.label for item in source.items} == {-1}
     assert len(source.items) == 5

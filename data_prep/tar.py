@@ -1,0 +1,126 @@
+"""Reads the members of plain tars, damaged ones as far as they can be read."""
+
+import os
+import re
+import tarfile
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from mmap import ACCESS_READ, mmap
+from typing import BinaryIO
+
+_BLOCK = 512
+_MARK = 2 * _BLOCK  # a tar ends with two zero blocks
+_MAGIC, _MAGIC_AT = b"ustar", 257  # of POSIX, GNU and PAX headers
+_META = re.compile(r"__[^/.]*__($|[/.])")  # WebDataset's notes about a shard
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong with a folder of shards.
+
+    Attributes:
+        file: the shard (by its path below the folder), or another file of the folder.
+        kind: index, shard, tar, key, member, label or image.
+        reason: what is wrong.
+        key: of the sample, if it is one sample's.
+        byte: offset in the file, where there is one to name.
+    """
+
+    file: str
+    kind: str
+    reason: str
+    key: str | None = None
+    byte: int | None = None
+
+    def __str__(self) -> str:
+        key = "" if self.key is None else f"key {self.key!r} "
+        byte = "" if self.byte is None else f"at byte {self.byte}"
+        place = f": {key}{byte}".rstrip() if key or byte else ""
+        return f"{self.file}{place}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file in a tar. ``header`` and ``offset``: bytes at which its header and its data begin."""
+
+    name: str
+    header: int
+    offset: int
+    size: int
+    is_plain: bool  # stored as one piece; no link or sparse file
+
+
+def members(file: BinaryIO, shard: str) -> Iterator[Member | Fault]:
+    """Files in the order of the tar, without WebDataset's ``__notes__``, and a fault wherever it is damaged.
+
+    Python's ``tarfile`` takes a tar that stops between two members, or goes on with rubbish, for a whole one.
+    After rubbish, this goes on at the next header, if there is one.
+    """
+    size = os.fstat(file.fileno()).st_size
+    start: int | None = 0
+    while start is not None:
+        end = yield from _run(file, start, size, shard)
+        if end is None:
+            return
+        start = _next_header(file, end, size)
+        reason = _end_fault(file, min(end, size), size, more=start is not None)
+        if reason:
+            yield Fault(shard, "tar", reason, byte=min(end, size))
+
+
+def _run(file: BinaryIO, start: int, size: int, shard: str) -> Generator[Member | Fault, None, int | None]:
+    """Members from ``start`` up to the first block that is no header; returns that block's offset, or None
+    where the file ends within a member."""
+    end = start
+    file.seek(start)
+    try:
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+            for info in tar:
+                end = info.offset_data + info.size
+                plain = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE) and info.sparse is None
+                if info.size < 0 or tar.offset <= info.offset:
+                    return info.offset
+                if plain and end > size:
+                    reason = f"truncated: member {info.name!r} should end at byte {end}, the file ends at byte {size}"
+                    yield Fault(shard, "tar", reason, byte=info.offset_data)
+                    return None
+                if not info.isdir() and not _META.match(info.name):
+                    yield Member(info.name, info.offset, info.offset_data, info.size, plain)
+                end = tar.offset
+            return tar.offset
+    except OSError:
+        raise
+    except Exception:  # a header whose checksum is right may hold anything, and tarfile then raises anything
+        return end
+
+
+def _next_header(file: BinaryIO, start: int, size: int) -> int | None:
+    """Offset of the next valid header at or after ``start``, aligned or not."""
+    if start >= size:
+        return None
+    with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        found = content.find(_MAGIC, start + _BLOCK)
+        while found >= 0:
+            header = found - _MAGIC_AT
+            try:
+                tarfile.TarInfo.frombuf(content[header : header + _BLOCK], "utf-8", "surrogateescape")
+                return header
+            except tarfile.HeaderError:
+                found = content.find(_MAGIC, found + 1)
+    return None
+
+
+def _end_fault(file: BinaryIO, end: int, size: int, more: bool) -> str:
+    """What is wrong with the end of a tar at ``end``; empty if it ends as it should."""
+    tail = os.pread(file.fileno(), _MARK, end)
+    if tail == bytes(_MARK):
+        return "more members follow the end-of-archive mark: tars put together by cat are not one tar" if more else ""
+    if not end:
+        kind = next((name for magic, name in _COMPRESSED.items() if tail.startswith(magic)), None)
+        if kind:
+            return f"compressed with {kind}: unpack it, compressed tars have no random access"
+    if len(tail) < _BLOCK or not tail.strip(b"\0"):
+        return f"truncated: no end-of-archive mark, the file ends at byte {size}"
+    what = "damaged" if end or more else "no plain tar"
+    return f"{what}: neither a member's header nor the end-of-archive mark"
