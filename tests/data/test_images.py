@@ -1,9 +1,12 @@
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.data.pictures import encode, picture
-from ummim.data.images import decode
+from ummim.data import images
+from ummim.data.images import decode, decode_pixels
 
 
 def pixels(data: bytes) -> np.ndarray:
@@ -87,3 +90,87 @@ def test_unreadable_bytes_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match="exceeds limit"):
         decode(whole)
+
+
+def rotated(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def xmp(orientation: int) -> bytes:
+    """A JPEG whose rotation stands in XMP alone, as some programs write it."""
+    packet = f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="{orientation}"/></x:xmpmeta>'
+    return encode(picture(), xmp=packet.encode())
+
+
+PLAIN = {
+    "4:2:0": encode(picture(size=(123, 77)), quality=90, subsampling="4:2:0"),
+    "4:2:2": encode(picture(size=(123, 77)), quality=90, subsampling="4:2:2"),
+    "4:4:4": encode(picture(size=(123, 77)), quality=90, subsampling="4:4:4"),
+    "progressive": encode(picture(size=(123, 77)), quality=90, progressive=True),
+    "one pixel": encode(picture(size=(1, 1))),
+    "grey": encode(picture(size=(123, 77)).convert("L")),
+    "comment and profile": encode(picture(), comment=b"\xff\xda\xff\xe1", icc_profile=b"\xff\xe1" * 70000),
+    "EXIF, upright": encode(picture(), exif=rotated(1)),
+    "XMP, upright": xmp(1),
+    "bytes after the end": encode(picture()) + b"\0" * 100,
+}
+OTHERS = {
+    "CMYK": encode(picture().convert("CMYK")),
+    "RGB in a JPEG": encode(picture(), keep_rgb=True),
+    "PNG": encode(picture().convert("RGBA"), "PNG"),
+    "EXIF, turned": encode(picture(), exif=rotated(6)),
+    "EXIF, mirrored": encode(picture(), exif=rotated(2)),
+    "XMP, turned": xmp(8),
+}
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *OTHERS])
+def test_the_array_has_the_images_pixels(name: str) -> None:
+    data = (PLAIN | OTHERS)[name]
+    found = decode_pixels(data)
+    assert found.flags.writeable
+    assert np.array_equal(found, pixels(data))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_jpegs_do_not_wait_for_pillow(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "decode", lambda data: pytest.fail("decoded by Pillow"))
+    decode_pixels(PLAIN[name])
+
+
+def outcome(data: bytes, function: Callable[[bytes], object]) -> np.ndarray | str:
+    try:
+        return np.asarray(function(data))
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_of_broken_jpegs_both_say_the_same(progressive: bool) -> None:
+    """Cut anywhere, or with a few bytes overwritten anywhere: an error, or the same pixels."""
+    whole = encode(picture(2, (90, 70)), quality=80, progressive=progressive, exif=rotated(1))
+    rng, faults = np.random.default_rng(0), 0
+    broken = [whole[:cut] for cut in range(0, len(whole), 7)]
+    for at in range(2, len(whole) - 4, 9):
+        broken.append(whole[:at] + rng.bytes(3) + whole[at + 3 :])
+    for data in broken:
+        expected, found = outcome(data, decode), outcome(data, decode_pixels)
+        assert np.array_equal(expected, found)
+        faults += isinstance(found, str)
+    assert faults > len(broken) / 2
+    assert faults >= len(range(0, len(whole) - 9, 7))  # whatever is cut, it is seen
+
+
+def test_arrays_of_unreadable_bytes_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = encode(picture(size=(300, 300)))
+    for cut in (3, 100, len(whole) // 2, len(whole) - 40):
+        with pytest.raises(ValueError, match="(?i)truncated|not an image"):
+            decode_pixels(whole[:cut])
+    for data in (b"", b"\xff\xd8", b"GIF? no", b"\xff\xd8" + b"\xff" * 50, b"\xff\xd8\xff\xe1\0\0" * 9):
+        with pytest.raises(ValueError, match="not an image that Pillow knows"):
+            decode_pixels(data)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="exceeds limit"):
+        decode_pixels(whole)

@@ -5,16 +5,24 @@
 * 16-bit grey is reduced to 8 bits (value // 256); grey, palette, CMYK and others become RGB as Pillow has it.
 * Of an animation, the first frame counts.
 * Images above Pillow's decompression-bomb limit (about 179 million pixels) are refused.
+
+Upright JPEGs in grey or YCbCr, which is nearly all of them, do not go through Pillow: libjpeg-turbo, which Pillow
+calls too, decodes them straight into an array in two thirds of the time, to the same pixels. What it finds fault
+with, it leaves to Pillow.
 """
 
 import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+import simplejpeg
+from PIL import ExifTags, Image, ImageOps
 
 # What a broken, foreign or oversized file makes Pillow raise.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, Image.DecompressionBombError)
+
+# A JPEG's beginning, the marker of EXIF or XMP, and that of the pixels' code.
+START, APP1, SCAN = b"\xff\xd8", b"\xff\xe1", b"\xff\xda"
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -46,6 +54,37 @@ def decode(data: bytes) -> Image.Image:
         return to_rgb(open_image(data))
     except UNREADABLE as error:
         raise ValueError(reason(error)) from None
+
+
+def decode_pixels(data: bytes) -> np.ndarray:
+    """(H, W, 3) uint8: the pixels of ``decode(data)``, faster. Raises ``ValueError`` where it does."""
+    pixels = _plain_jpeg(data)
+    return np.array(decode(data)) if pixels is None else pixels
+
+
+def _plain_jpeg(data: bytes) -> np.ndarray | None:
+    """(H, W, 3) uint8, or None where Pillow has to decide what the bytes are, or what is wrong with them."""
+    if not data.startswith(START):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        plain = colours in ("YCbCr", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or np.inf)
+        return simplejpeg.decode_jpeg(data) if plain and _is_upright(data) else None
+    except ValueError:
+        return None
+
+
+def _is_upright(data: bytes) -> bool:
+    """Whether a JPEG's header has no EXIF or XMP, or Pillow finds no rotation in it."""
+    at = len(START)
+    while data[at : at + 1] == b"\xff" and data[at : at + 2] not in (APP1, SCAN):
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")  # a segment: its marker, then its length and the rest
+    if data[at : at + 2] == SCAN:
+        return True
+    try:
+        return open_image(data).getexif().get(ExifTags.Base.Orientation, 1) not in range(2, 9)
+    except UNREADABLE:
+        return False
 
 
 def reason(error: BaseException) -> str:

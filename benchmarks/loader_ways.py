@@ -1,0 +1,84 @@
+"""The ways of reading that loader.py times in its own process: each is an epoch, a function that returns its images."""
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import simplejpeg
+import webdataset
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from ummim.data import DataConfig, ShardIndex, build_loader
+from ummim.data.shards import ShardReader
+from ummim.masking import MaskConfig, PlanSampler
+
+SIZE, GRID, SCALE = 224, (14, 14), (0.2, 1.0)
+EPOCHS = 1000  # more than anybody times
+Way = Callable[[], int]
+
+# MAE's main_pretrain.py.
+MAE = transforms.Compose(
+    [
+        transforms.RandomResizedCrop(SIZE, SCALE, interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
+    ]
+)
+
+
+def mae(images: Path, batch: int) -> Way:
+    """As the MAE repository does it: ImageFolder and Pillow."""
+    loader = DataLoader(ImageFolder(str(images), transform=MAE), batch, shuffle=True, drop_last=True)
+    return lambda: sum(len(views) for views, _ in loader)
+
+
+def plain_webdataset(shards: Path, batch: int) -> Way:
+    """The same transforms behind webdataset's own reader."""
+    urls = [str(path) for path in sorted(shards.glob("*.tar"))]
+    samples = webdataset.WebDataset(urls, shardshuffle=False).shuffle(500).decode("pil").to_tuple("jpg", "cls")
+    loader = DataLoader(samples.map_tuple(MAE, int).batched(batch, partial=False), batch_size=None)
+    return lambda: sum(len(views) for views, _ in loader)
+
+
+def ours(index: ShardIndex, batch: int, throw_ratio: float) -> Way:
+    """``build_loader``: masks attached, uint8; normalising is the device's part."""
+    data, steps = DataConfig(str(index.folder), workers=0, image_size=SIZE), len(index) // batch
+    plan = SimpleNamespace(
+        micro_batch=batch, accumulation=1, global_batch=batch, steps_per_epoch=steps, stop_step=EPOCHS * steps
+    )
+    loader = build_loader(index, data, PlanSampler(GRID, MaskConfig(), throw_ratio), 0, plan, 0, 1)
+    batches = iter(loader)
+    return lambda: sum(len(each.images) for each in islice(batches, steps))
+
+
+def masks(index: ShardIndex, batch: int, throw_ratio: float) -> Way:
+    """What masks are of ``ours``: the plans of the same samples, and their batches."""
+    sampler = PlanSampler(GRID, MaskConfig(), throw_ratio)
+    sampler.warm_up()
+    keys = [index.key(row) for row in range(len(index) // batch * batch)]
+
+    def epoch() -> int:
+        for start in range(0, len(keys), batch):
+            seeds = [sampler.seed(0, 0, key, start) for key in keys[start : start + batch]]
+            sampler.stack([sampler(seed) for seed in seeds])
+        return len(keys)
+
+    return epoch
+
+
+def bare_decode(index: ShardIndex, batch: int) -> Way:
+    """libjpeg-turbo alone: the images of ``ours``, from memory; nothing is cropped or resized."""
+    reader = ShardReader(index)
+    files = [reader.read(row) for row in range(len(index) // batch * batch)]
+    reader.close()
+
+    def epoch() -> int:
+        for data in files:
+            simplejpeg.decode_jpeg(data)
+        return len(files)
+
+    return epoch
