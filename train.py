@@ -18,6 +18,8 @@ from ummim.recipe import Recipe
 from ummim.recipe_file import dump_recipe, load_recipe
 from ummim.run_plan import RunPlan
 
+log = logging.getLogger("ummim.train")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(argv)
@@ -49,6 +51,7 @@ def pretrain(recipe: Recipe) -> int:
 
     from ummim.attention_maps import attention_batches
     from ummim.data import Batch, ShardIndex, build_loader, fixed_batch
+    from ummim.engine.data_faults import describe
     from ummim.engine.faults import on_every_rank, on_main
     from ummim.engine.resume import lock
     from ummim.engine.trainer import train
@@ -61,7 +64,7 @@ def pretrain(recipe: Recipe) -> int:
     output = Path(recipe.output)
 
     def prepare() -> tuple[ShardIndex, RunPlan]:
-        index = ShardIndex.open(recipe.data.shards)
+        index = ShardIndex.open(recipe.data.shards, recipe.data.shard_cache())
         index.check()
         plan = recipe.plan(world.size, len(index))
         deepspeed_config(recipe, plan)
@@ -76,7 +79,11 @@ def pretrain(recipe: Recipe) -> int:
     method = on_every_rank(lambda: recipe.method.build(size, recipe.partial, throwing), world)  # may read a teacher
     if recipe.compile:
         method.compile(dynamic=False)
-    fixed = fixed_batch(index, recipe.data, sampler, recipe.seed, recipe.figure_images).to(world.device)
+    fixed = on_every_rank(
+        lambda: fixed_batch(index, recipe.data, sampler, recipe.seed, recipe.figure_images).to(world.device), world
+    )
+    for fault in fixed.faults if world.is_main else ():
+        log.warning("for the figures: %s; %r is shown instead", describe(fault), fault.replacement)
 
     def batches(done: int) -> Iterable[Batch]:
         if world.is_main:  # the run is ours from here on: a refused checkpoint has ended it before

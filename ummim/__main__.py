@@ -1,4 +1,4 @@
-"""Command line: ``ummim recipes``, ``show``, ``cost``, ``export``, ``reconstruct``."""
+"""Command line: ``ummim recipes``, ``show``, ``cost``, ``export``, ``reconstruct``, ``replay``."""
 
 import argparse
 import sys
@@ -56,6 +56,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     reconstruct.add_argument("--seed", type=int, default=0, help="of the masks (default 0)")
     reconstruct.set_defaults(run=_reconstruct)
+
+    replay = commands.add_parser("replay", help="read a step's batch again: its sample keys, crops and masks")
+    replay.add_argument("folder", type=Path, metavar="RUN", help="a run's folder")
+    replay.add_argument("--step", type=int, required=True, metavar="N", help="as in metrics.jsonl; the first is 1")
+    replay.add_argument("--out", type=Path, metavar="PNG", help="draw the crops and their masks")
+    replay.add_argument("--save", type=Path, metavar="FILE.safetensors", help="write images, masks, labels and keys")
+    replay.add_argument("--shards", metavar="FOLDER", help="where the run's shards are now, if they have moved")
+    replay.set_defaults(run=_replay)
     return parser
 
 
@@ -104,6 +112,18 @@ def _reconstruct(options: argparse.Namespace) -> None:
     else:
         reconstruct_files(recipe, method, options.images, options.out, options.seed, title=str(checkpoint))
     print(f"{checkpoint} -> {options.out}")
+
+
+def _replay(options: argparse.Namespace) -> None:
+    from ummim.replay import replay
+
+    found = replay(options.folder, options.step, options.shards)
+    for line in found.lines():
+        print(line)
+    if options.out is not None:
+        found.draw(options.out)
+    if options.save is not None:
+        found.save(options.save)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,14 @@ import torch.distributed as dist
 
 from ummim.data import Batch, Loader, ShardIndex, build_loader
 from ummim.data.attention import AttentionMaps
+from ummim.data.faults import Fault
 from ummim.data.normalise import normalise
 from ummim.data.order import Pick
 from ummim.data.samples import Samples
-from ummim.engine.faults import on_main
+from ummim.engine.data_faults import describe
+from ummim.engine.faults import on_main, raise_together
 from ummim.engine.zero import World
-from ummim.errors import CheckpointError
+from ummim.errors import CheckpointError, DataError
 from ummim.masking import AttentionSampler
 from ummim.methods.amt import AMT
 from ummim.methods.api import Method
@@ -50,6 +52,7 @@ def attention_batches(
 
     Raises:
         CheckpointError: that file is gone, or is of other data.
+        DataError: too many images cannot be read.
     """
     config = recipe.method.attention
     assert config is not None and isinstance(method, AMT)
@@ -101,15 +104,18 @@ def refresh(method: AMT, index: ShardIndex, recipe: Recipe, batch: int, world: W
     """
     began = time.monotonic()
     samples = Samples(index, recipe.data, recipe.sampler(), recipe.seed, view="whole")
-    loader = Loader(samples, RowBatches(len(index), batch, world.rank, world.size), recipe.data.workers)
+    rows = RowBatches(len(index), batch, world.rank, world.size)
+    loader = Loader(samples, rows, recipe.data.workers, recipe.data.worker_restarts)
     loader.pin_memory = world.device.type == "cuda"
     unfinished = path.with_name(f".{path.name}.partial")
     on_main(lambda: _reserve(unfinished, (len(index), *method.grid)), world)
     table = np.load(unfinished, mmap_mode="r+") if world.is_main else None  # (samples, h, w)
     row, training = 0, method.training
+    bad: set[Fault] = set()  # the last row may come several times
     method.eval()
     with closing(iter(loader)) as batches:  # type: ignore[type-var]
         for each in batches:
+            bad.update(each.faults)
             maps = method.attention_map(normalise(each.images.to(world.device, non_blocking=True)))  # (B, h, w)
             every = [torch.empty_like(maps) for _ in range(world.size)] if world.is_main else None
             dist.gather(maps, every)
@@ -117,11 +123,26 @@ def refresh(method: AMT, index: ShardIndex, recipe: Recipe, batch: int, world: W
                 table[row : row + world.size * batch] = torch.cat(every)[: len(table) - row].cpu().numpy()
                 row += world.size * batch
     method.train(training)
+    _check_faults(bad, len(index), recipe, world)
     if table is not None:
         table.flush()
     on_main(lambda: unfinished.replace(path), world)  # the others wait until it is there
     if world.is_main:
         log.warning("%s: attention maps of %d images, in %.0f s", path, len(index), time.monotonic() - began)
+
+
+def _check_faults(mine: set[Fault], rows: int, recipe: Recipe, world: World) -> None:
+    """Tell of the images that could not be read: their maps are of others. Raise DataError if they are too many."""
+    everywhere: list[set[Fault]] = [set()] * world.size
+    dist.all_gather_object(everywhere, mine)
+    bad = sorted({fault.row: fault for faults in everywhere for fault in faults if fault.attempt == 0}.values())
+    if not bad:
+        return
+    text = f"{len(bad)} of {rows} images cannot be read for their attention maps; the first is {describe(bad[0])}"
+    if len(bad) > recipe.data.max_bad * rows or any(fault.replacement is None for fault in bad):
+        raise_together(DataError(f"{text}. Mend the shards, or raise data.max_bad = {recipe.data.max_bad:g}"), world)
+    if world.is_main:
+        log.warning("%s; they have the maps of others", text)
 
 
 class RowBatches:
@@ -133,10 +154,11 @@ class RowBatches:
     def __len__(self) -> int:
         return ceil(self.rows / (self.batch * self.world_size))
 
-    def __iter__(self) -> Iterator[list[Pick]]:
-        for i in range(len(self)):
-            first = (i * self.world_size + self.rank) * self.batch
-            yield [Pick(0, min(row, self.rows - 1), 0) for row in range(first, first + self.batch)]
+    def __getitem__(self, number: int) -> list[Pick]:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        first = (number * self.world_size + self.rank) * self.batch
+        return [Pick(0, min(row, self.rows - 1), 0) for row in range(first, first + self.batch)]
 
 
 def _reserve(path: Path, shape: tuple[int, ...]) -> None:

@@ -1,5 +1,6 @@
 """``train.py RECIPE --dry-run``: resolve everything, check data and fit, print it, train nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -7,6 +8,8 @@ from torch import nn
 
 from ummim.capacity import GIB, zero_state_bytes
 from ummim.data import ShardIndex
+from ummim.data.faults import SourceDown
+from ummim.data.remote import is_url, local_path
 from ummim.engine.zero import deepspeed_config
 from ummim.masking import AttentionSampler
 from ummim.methods.api import Method
@@ -43,14 +46,16 @@ def dry_run(recipe: Recipe, world_size: int) -> str:
 
 
 def _data(recipe: Recipe) -> tuple[int, str]:
-    if not Path(recipe.data.shards).is_dir():
-        return (
-            recipe.expected_samples,
-            f"{recipe.data.shards}: not at hand; planned for {recipe.expected_samples:,} images",
-        )
-    index = ShardIndex.open(recipe.data.shards)
-    index.check()
-    return len(index), f"{recipe.data.shards}: {len(index):,} images, digest {index.digest[:12]}"
+    shards, data = recipe.data.shards, replace(recipe.data, retry_seconds=0)
+    plan = f"planned for {recipe.expected_samples:,} images"
+    if not is_url(shards) and not Path(local_path(shards)).is_dir():
+        return recipe.expected_samples, f"{shards}: not at hand; {plan}"
+    try:
+        index = ShardIndex.open(shards, data.shard_cache())
+        index.check()
+    except SourceDown as error:
+        return recipe.expected_samples, f"{error}; {plan}"
+    return len(index), f"{index.place}: {len(index):,} images, digest {index.digest[:12]}"
 
 
 def _file_rows(recipe: Recipe) -> list[tuple[str, str]]:

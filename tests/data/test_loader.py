@@ -1,9 +1,3 @@
-import multiprocessing
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.conftest import ROOT
-from tests.data.pictures import is_running
 from ummim.data import Batch, DataConfig, Loader, ShardIndex, build_loader, fixed_batch
+from ummim.data.order import MicroBatches, Pick
 from ummim.errors import DataError, RecipeError
 from ummim.masking import MaskConfig, PlanSampler, sample_seed
 
@@ -125,111 +118,36 @@ def test_fixed_batch_is_fixed(folder: Path) -> None:
     assert len(fixed_batch(index, data, SAMPLER, 0, 100).keys) == 26
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_corrupt_jpeg_is_one_message(folder: Path, arithmetic: Arithmetic, workers: int) -> None:
-    index = ShardIndex.open(folder)
-    offset = int(index.table["offset"][9])
-    with (folder / "shard-000002.tar").open("r+b") as file:
-        file.seek(offset)
-        file.write(b"\0" * 64)
-    with pytest.raises(DataError) as caught:
-        list(loader(folder, arithmetic(1, 1, 13), workers))
-    assert str(caught.value) == (
-        f"{folder}/shard-000002.tar: key {index.key(9)!r} at byte {offset}: the image cannot be decoded: "
-        f"not an image that Pillow knows; find every fault with: python -m data_prep verify {folder}"
-    )
-    assert caught.value.__cause__ is None
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_truncated_and_a_vanished_shard_are_one_message(folder: Path, arithmetic: Arithmetic, workers: int) -> None:
-    path = folder / "shard-000001.tar"
-    os.truncate(path, 3000)
-    with pytest.raises(DataError, match=f"{path} has 3000 bytes, its index says .*: truncated"):
-        list(loader(folder, arithmetic(1, 1, 13), workers))
-    path.unlink()
-    with pytest.raises(DataError, match=f"{path}: No such file or directory"):
-        list(loader(folder, arithmetic(1, 1, 13), workers))
-    assert not multiprocessing.active_children()
-
-
-@pytest.mark.parametrize("reading", [True, False])
-def test_a_killed_worker_is_an_error_and_not_a_hang(folder: Path, arithmetic: Arithmetic, reading: bool) -> None:
-    batches = iter(loader(folder, arithmetic(1, 1, 2, stop=100_000), workers=2))
-    next(batches)
-    worker = multiprocessing.active_children()[0]
-    assert worker.pid is not None
-    with pytest.raises(DataError, match=f"data worker process {worker.pid} was killed by SIGKILL: .* lower data.wor"):
-        os.kill(worker.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            if reading:
-                next(batches)
+def test_state_is_a_step_whatever_the_ranks_and_workers(folder: Path, arithmetic: Arithmetic) -> None:
+    whole = by_key(list(loader(folder, arithmetic(1, 1, 8))))
+    first = loader(folder, arithmetic(2, 1, 4), workers=1)
+    batches = iter(first)
+    for _ in range(5):  # two steps and a half
+        next(batches)
     batches.close()  # type: ignore[attr-defined]
-    assert not multiprocessing.active_children()
+    assert first.state_dict() == {"seed": 7, "step": 2}
+    second = loader(folder, arithmetic(1, 1, 8))
+    second.load_state_dict(first.state_dict())
+    assert len(second) == 4
+    assert by_key(list(second)) == whole[2 * 8 :]
+    with pytest.raises(DataError, match="seed 8"):
+        second.load_state_dict({"seed": 8, "step": 2})
 
 
-def test_a_crash_elsewhere_does_not_hang_on_workers_at_exit(folder: Path) -> None:
-    script = (
-        "import sys\n"
-        "from types import SimpleNamespace\n"
-        "from ummim.data import *\n"
-        "from ummim.masking import *\n"
-        "plan = SimpleNamespace(accumulation=1, micro_batch=2, global_batch=2, steps_per_epoch=13, stop_step=10**6)\n"
-        "data = DataConfig(sys.argv[1], workers=2, image_size=32)\n"
-        "sampler = PlanSampler((4, 4), MaskConfig())\n"
-        "batches = iter(build_loader(ShardIndex.open(sys.argv[1]), data, sampler, 0, plan, 0, 1))\n"
-        "next(batches)\n"
-        "sys.exit(7)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(folder)], timeout=60, cwd=ROOT)
-    assert done.returncode == 7
+def test_a_resume_in_the_middle_draws_up_no_batch_before_it(
+    folder: Path, arithmetic: Arithmetic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    original = MicroBatches.__getitem__
 
+    def spy(self: MicroBatches, number: int) -> list[Pick]:
+        asked.append(number)
+        return original(self, number)
 
-def test_ctrl_c_and_preemption_are_left_to_the_trainer(folder: Path, arithmetic: Arithmetic) -> None:
-    batches = iter(loader(folder, arithmetic(1, 1, 2, stop=2000), workers=1))
+    monkeypatch.setattr(MicroBatches, "__getitem__", spy)
+    batches = iter(loader(folder, arithmetic(2, 1, 4, stop=10**7), start=9_000_000))
     next(batches)
-    (worker,) = multiprocessing.active_children()
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        assert worker.pid is not None
-        os.kill(worker.pid, kind)
-        for _ in range(20):
-            next(batches)
-    assert worker.is_alive()
-    batches.close()  # type: ignore[attr-defined]
-    worker.join(10)
-    assert not worker.is_alive()
-
-
-def test_leaving_early_ends_the_workers(folder: Path, arithmetic: Arithmetic) -> None:
-    for _ in loader(folder, arithmetic(1, 1, 2, stop=100_000), workers=2):
-        break
-    assert not multiprocessing.active_children()
-
-
-def test_workers_end_with_a_trainer_that_is_killed(folder: Path) -> None:
-    script = (
-        "import multiprocessing, sys, time\n"
-        "from types import SimpleNamespace\n"
-        "from ummim.data import *\n"
-        "from ummim.masking import *\n"
-        "plan = SimpleNamespace(accumulation=1, micro_batch=2, global_batch=2, steps_per_epoch=13, stop_step=10**6)\n"
-        "data = DataConfig(sys.argv[1], workers=2, image_size=32)\n"
-        "sampler = PlanSampler((4, 4), MaskConfig())\n"
-        "for batch in build_loader(ShardIndex.open(sys.argv[1]), data, sampler, 0, plan, 0, 1):\n"
-        "    print(*(p.pid for p in multiprocessing.active_children()), flush=True)\n"
-        "    time.sleep(60)\n"
-    )
-    command = [sys.executable, "-c", script, str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as trainer:
-        assert trainer.stdout is not None
-        workers = [int(pid) for pid in trainer.stdout.readline().split()]
-        trainer.kill()
-    assert len(workers) == 2
-    deadline = time.monotonic() + 30
-    while any(is_running(pid) for pid in workers):
-        assert time.monotonic() < deadline, "worker processes outlive the trainer"
-        time.sleep(0.1)
+    assert asked == [18_000_000]
 
 
 def test_what_does_not_fit_is_refused(folder: Path, arithmetic: Arithmetic) -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from tests.engine.conftest import command, environment, losses, records, run
+from ummim.data.faults import Fault
 from ummim.engine import checkpoint, resume
-from ummim.engine.faults import EXIT_INTERRUPT, EXIT_PREEMPTED, Interrupts, on_every_rank
+from ummim.engine.faults import EXIT_INTERRUPT, EXIT_PREEMPTED, Interrupts, agree, on_every_rank
 from ummim.engine.zero import World
 from ummim.errors import DataError
 
@@ -133,12 +134,17 @@ def records_so_far(folder):
 
 
 def test_agreement_averages_the_loss_and_takes_the_graver_code(world):
-    from ummim.engine.faults import agree
+    agreed = agree(torch.tensor(0.1), 0, [], world)
+    assert agreed.loss == pytest.approx(0.1) and agreed[1:] == (0, 0, False)
+    assert agree(torch.tensor(0.1), EXIT_INTERRUPT, [], world).stop == EXIT_INTERRUPT
+    assert agree(torch.tensor(0.1), EXIT_PREEMPTED, [], world).stop == EXIT_PREEMPTED
 
-    loss, code = agree(torch.tensor(0.1), 0, world)
-    assert loss == pytest.approx(0.1) and code == 0
-    assert agree(torch.tensor(0.1), EXIT_INTERRUPT, world)[1] == EXIT_INTERRUPT
-    assert agree(torch.tensor(0.1), EXIT_PREEMPTED, world)[1] == EXIT_PREEMPTED
+
+def test_agreement_counts_bad_samples_and_tells_of_a_lost_one(world):
+    """Bad replacements of a bad sample are no further samples."""
+    bad, worse, lost = (Fault(0, 1, "a", "k", 512, "torn", *end) for end in ((0, "b"), (1, "b"), (0, None)))
+    assert agree(torch.tensor(0.1), 0, [bad, worse, bad], world)[2:] == (2, False)
+    assert agree(torch.tensor(0.1), 0, [bad, lost], world)[2:] == (2, True)
 
 
 @pytest.mark.parametrize(("rank", "mistaken", "told"), [(0, False, False), (1, True, True), (2, True, False)])

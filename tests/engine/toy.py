@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ummim.data import DataConfig
+from ummim.data.faults import Fault
 from ummim.engine.optim import OptimConfig
 from ummim.engine.trainer import TaskOutput
 
@@ -26,6 +28,7 @@ class _ToyRecipe:
     precision: str = "fp32"
     activation_checkpointing: str = "none"
     ds_config: str | None = None
+    data: DataConfig = DataConfig("toy")
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(base_lr=1e-3, warmup_epochs=1))
     tensorboard: bool = False
     wandb: str | None = None
@@ -57,9 +60,10 @@ ToyPlan: Any = _ToyPlan
 class ToyBatch:
     images: Tensor  # (B, 3, 16, 16) float32
     keys: list[str]
+    faults: tuple[Fault, ...] = ()
 
     def to(self, device: torch.device, non_blocking: bool = False) -> ToyBatch:
-        return ToyBatch(self.images.to(device, non_blocking=non_blocking), self.keys)
+        return replace(self, images=self.images.to(device, non_blocking=non_blocking))
 
 
 class ToyTask(nn.Module):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ummim.data.faults import Fault
 from ummim.masking import MaskPlan
 
 
@@ -17,12 +18,14 @@ class Batch:
         plan: the mask plan of each image.
         labels: (B,) int64, -1 where the data has none.
         keys: the samples' keys.
+        faults: the samples that could not be read; in their places are others, see ``replacements``.
     """
 
     images: Tensor
     plan: MaskPlan
     labels: Tensor
     keys: list[str]
+    faults: tuple[Fault, ...] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         return replace(

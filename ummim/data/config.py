@@ -1,8 +1,11 @@
 """The ``data`` section of a recipe."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from ummim.data.cache import DEFAULT_SIZE, ShardCache, default_folder, parse_size
+from ummim.data.remote import is_url
 from ummim.errors import RecipeError
 
 
@@ -11,7 +14,8 @@ class DataConfig:
     """Where the images come from, how they are augmented, and in which order they are read.
 
     Attributes:
-        shards: folder of tar shards with their index, as ``python -m data_prep build`` makes it.
+        shards: folder of tar shards with their index, as ``python -m data_prep build`` makes it, or its URL (http,
+            https, s3, gs, or another that fsspec knows).
         workers: worker processes per rank that read, decode, augment and mask; 0 does it in the trainer.
         image_size: side of the square training crop, in pixels.
         crop: ``resized`` takes a crop of random area and shape and resizes it (MAE and most others); ``padded``
@@ -25,6 +29,13 @@ class DataConfig:
             in turn. Part of the order, not of the hardware: it decides which samples meet in a batch.
         window: within a stream, samples are shuffled among this many consecutive shards. ``streams * window``
             shards are read at a time; more mixes better, fewer keeps fewer files open.
+        cache: folder on this machine's own disk for copies of whole shards, shared by all its processes. None: one
+            below the system's folder for temporary files if ``shards`` is a URL; no copies if it is a folder.
+        cache_size: what the copies may take, such as 100GB or 1.5TB; the least recently used make room for others.
+        retry_seconds: how long to go on asking a server that fails, without progress, before giving up.
+        max_bad: share of an epoch's samples that may turn out unreadable, and be replaced by others, before the run
+            stops; 0 stops it at the first. Counted anew in each epoch and after each start.
+        worker_restarts: how many times dead worker processes are started anew before the run stops.
     """
 
     shards: str
@@ -37,10 +48,16 @@ class DataConfig:
     hflip: float = 0.5
     streams: int = 16
     window: int = 4
+    cache: str | None = None
+    cache_size: str = DEFAULT_SIZE
+    retry_seconds: float = 300
+    max_bad: float = 0.001
+    worker_restarts: int = 3
 
     def validate(self) -> None:
         """Raise ``RecipeError`` for the first field whose value cannot work."""
-        for name, least in (("workers", 0), ("image_size", 1), ("streams", 1), ("window", 1)):
+        for name, least in (("workers", 0), ("image_size", 1), ("streams", 1), ("window", 1),
+                            ("worker_restarts", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise RecipeError(f"must be at least {least}", key=f"data.{name}")
         low, high = self.crop_scale
@@ -51,3 +68,18 @@ class DataConfig:
             raise RecipeError("must be (smallest, largest) with 0 < smallest <= largest", "data.crop_ratio")
         if not 0 <= self.hflip <= 1:
             raise RecipeError("is a probability: choose a value between 0 and 1", "data.hflip")
+        if not self.retry_seconds >= 0:
+            raise RecipeError("must be at least 0", "data.retry_seconds")
+        try:
+            parse_size(self.cache_size)
+        except ValueError:
+            raise RecipeError("must be a number and a unit: kB, MB, GB, TB or KiB to TiB", "data.cache_size") from None
+        if not 0 <= self.max_bad <= 1:
+            raise RecipeError("is a share of an epoch's samples: choose a value between 0 and 1", "data.max_bad")
+
+    def shard_cache(self) -> ShardCache | None:
+        """The cache that the shards are read through, if any. Raises ``DataError`` if the default one is not ours."""
+        if self.cache is None and not is_url(self.shards):
+            return None
+        folder = default_folder() if self.cache is None else Path(self.cache)
+        return ShardCache(folder, parse_size(self.cache_size), self.retry_seconds)

@@ -1,7 +1,8 @@
 """A rank's batches from its worker processes, from any step on."""
 
-from collections.abc import Iterator
-from contextlib import closing
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -11,11 +12,14 @@ from ummim.data.attention import AttentionMaps
 from ummim.data.batch import Batch
 from ummim.data.config import DataConfig
 from ummim.data.order import MicroBatches, Pick
+from ummim.data.prefetch import Prefetcher
 from ummim.data.samples import Samples
 from ummim.data.shards import ShardIndex
-from ummim.data.workers import start_worker, supervised
+from ummim.data.workers import REMEDY, Supervised, WorkerDied, start_worker
 from ummim.errors import DataError
 from ummim.masking import PlanSampler
+
+log = logging.getLogger(__name__)
 
 
 class BatchPlan(Protocol):
@@ -34,45 +38,98 @@ class BatchPlan(Protocol):
 
 
 class PickBatches(Protocol):
-    """What to read, batch by batch; ``MicroBatches`` in training."""
+    """What to read, batch by batch, by number from 0; ``MicroBatches`` in training."""
 
     def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[list[Pick]]: ...
+    def __getitem__(self, number: int, /) -> list[Pick]: ...
 
 
 class Loader:
-    """This rank's micro-batches: for training ``accumulation`` of them for each optimizer step."""
+    """This rank's micro-batches: for training ``accumulation`` of them for each optimizer step.
 
-    def __init__(self, samples: Samples, micro_batches: PickBatches, workers: int) -> None:
+    Args:
+        samples: reads them.
+        micro_batches: what to read.
+        workers: processes that read ahead; 0: the trainer does it.
+        restarts: how many times dead workers are replaced by new ones.
+        accumulation: micro-batches of an optimizer step.
+        start_step: optimizer steps whose micro-batches are left out.
+        prefetcher: makes what brings shards to the node that micro-batches from a number on will need.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        micro_batches: PickBatches,
+        workers: int,
+        restarts: int = 0,
+        accumulation: int = 1,
+        start_step: int = 0,
+        prefetcher: Callable[[int], Prefetcher] | None = None,
+    ) -> None:
         self.samples, self.micro_batches, self.workers = samples, micro_batches, workers
+        self.restarts, self.accumulation, self.prefetcher = restarts, accumulation, prefetcher
+        self.position = start_step * accumulation  # the number of the next micro-batch to be handed out
         self.pin_memory = False  # set it for a CUDA device: batches come in page-locked memory
 
     def __len__(self) -> int:
-        return len(self.micro_batches)
+        """Micro-batches that are left."""
+        return len(self.micro_batches) - self.position
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield batches; worker processes end with the iteration, also when it is left early.
+        """Yield what is left; worker processes end with the iteration, also when it is left early.
+
+        If a worker process dies, all are started anew with the first micro-batch that was not handed out: none is
+        lost, doubled or moved.
 
         Raises:
-            DataError: a sample cannot be read (naming shard, key and byte), or a worker process was killed.
+            DataError: worker processes died more often than ``restarts``.
         """
-        batches = iter(
-            DataLoader(
-                self.samples,
-                batch_sampler=self.micro_batches,
-                num_workers=self.workers,
-                collate_fn=_as_is,
-                pin_memory=self.pin_memory,
-                worker_init_fn=start_worker,
-                prefetch_factor=2 if self.workers else None,
-                generator=torch.Generator(),  # else the DataLoader draws from, and so moves, the global one
+        died = 0
+        with closing(self.samples.reader):
+            while len(self):
+                try:
+                    yield from self._batches()
+                except WorkerDied as error:
+                    died += 1
+                    if died > self.restarts:
+                        raise
+                    log.warning("data worker %s, restarting (%d of %d): %s", error.how, died, self.restarts, REMEDY)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the loader stands, as torchdata's StatefulDataLoader tells it: the optimizer steps that were handed
+        out in full. It means the same to any number of ranks and workers, with the same shards and global batch."""
+        return {"seed": self.samples.seed, "step": self.position // self.accumulation}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there; nothing is replayed. Raises ``DataError`` for the state of a run with another seed."""
+        if state["seed"] != self.samples.seed:
+            raise DataError(
+                f"the loader's state is of a run with seed {state['seed']}, this one has {self.samples.seed}"
             )
+        self.position = state["step"] * self.accumulation
+
+    def _batches(self) -> Iterator[Batch]:
+        loader = DataLoader(
+            self.samples,
+            batch_sampler=map(self.micro_batches.__getitem__, range(self.position, len(self.micro_batches))),
+            num_workers=self.workers,
+            collate_fn=_as_is,
+            pin_memory=self.pin_memory,
+            worker_init_fn=start_worker,
+            prefetch_factor=2 if self.workers else None,
+            generator=torch.Generator(),  # else the DataLoader draws from, and so moves, the global one
         )
-        with closing(self.samples.reader), supervised(batches):
-            for batch in batches:
-                if isinstance(batch, DataError):
-                    raise batch
+        with Supervised(loader) as supervised, self._prefetching() as prefetcher:
+            while len(self):  # not until they end: the workers' ends would look like deaths
+                batch = supervised.next()
+                self.position += 1
+                if prefetcher is not None:
+                    prefetcher.position = self.position
                 yield batch
+
+    def _prefetching(self) -> AbstractContextManager[Prefetcher | None]:
+        return nullcontext() if self.prefetcher is None else self.prefetcher(self.position)
 
 
 def build_loader(
@@ -103,7 +160,8 @@ def build_loader(
 
     Raises:
         RecipeError: an impossible value in ``data``.
-        DataError: fewer samples than one global batch, or an index that does not fit the plan.
+        DataError: fewer samples than one global batch.
+        ValueError: an index that does not fit the plan.
     """
     data.validate()
     if plan.accumulation * world_size * plan.micro_batch != plan.global_batch:
@@ -114,11 +172,17 @@ def build_loader(
             "lower global_batch, or add images"
         )
     layout = (plan.accumulation, world_size, plan.micro_batch)
-    micro_batches = MicroBatches(index, seed, data.streams, data.window, layout, rank, start_step, plan.stop_step)
+    micro_batches = MicroBatches(index, seed, data.streams, data.window, layout, rank, plan.stop_step)
     if micro_batches.steps_per_epoch != plan.steps_per_epoch:
         raise ValueError(f"{plan.steps_per_epoch} steps an epoch do not fit {len(index)} samples")
     sampler.warm_up()
-    return Loader(Samples(index, data, sampler, seed, attention=attention), micro_batches, data.workers)
+    samples = Samples(index, data, sampler, seed, attention=attention)
+    ahead = 2 * data.streams * data.window  # the shards in use, and the next of each stream
+
+    def prefetcher(position: int) -> Prefetcher:
+        return Prefetcher(index, micro_batches.upcoming_shards, ahead, position)
+
+    return Loader(samples, micro_batches, data.workers, data.worker_restarts, plan.accumulation, start_step, prefetcher)
 
 
 def _as_is(batch: Any) -> Any:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -65,19 +65,30 @@ class Interrupts:
             self.code, self._first = EXIT_INTERRUPT, time.monotonic()
 
 
-def agree(loss: Tensor, code: int, world: World) -> tuple[float, int]:
-    """Mean of ``loss`` () over the ranks, and the exit code that any rank asks for (0: none).
+class Agreement(NamedTuple):
+    """What all ranks know of an optimizer step."""
+
+    loss: float  # mean over the ranks
+    stop: int  # the exit code that any rank asks for; 0: none
+    faults: int  # samples that could not be read, on all ranks
+    lost: bool  # a rank had nothing to put in a bad sample's place
+
+
+def agree(loss: Tensor, code: int, faults: Sequence[Any], world: World) -> Agreement:
+    """Share one rank's ``loss`` (), exit code and unreadable samples with all others.
 
     One small all-reduce per optimizer step: all ranks save and stop after the same one.
     """
-    sums = torch.zeros(3, dtype=torch.float64 if world.device.type == "cpu" else torch.float32, device=world.device)
+    sums = torch.zeros(5, dtype=torch.float64 if world.device.type == "cpu" else torch.float32, device=world.device)
     sums[0] = loss.detach()
     sums[1] = code == EXIT_PREEMPTED
     sums[2] = code == EXIT_INTERRUPT
+    sums[3] = sum(fault.attempt == 0 for fault in faults)
+    sums[4] = any(fault.replacement is None for fault in faults)
     dist.all_reduce(sums)
-    total, preempted, interrupted = sums.tolist()
+    total, preempted, interrupted, unread, lost = sums.tolist()
     stop = EXIT_PREEMPTED if preempted else EXIT_INTERRUPT if interrupted else 0
-    return total / world.size, stop
+    return Agreement(total / world.size, stop, int(unread), lost > 0)
 
 
 def raise_non_finite(step: int, losses: Sequence[Tensor], keys: Sequence[Sequence[str]], world: World) -> None:
@@ -99,7 +110,7 @@ def raise_non_finite(step: int, losses: Sequence[Tensor], keys: Sequence[Sequenc
     )
 
 
-def raise_together(error: Exception, world: World) -> None:
+def raise_together(error: Exception, world: World) -> NoReturn:
     """Raise ``error`` on rank 0 and end the others quietly: one message. Every rank must call it."""
     if world.is_main:
         raise error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ummim.engine import checkpoint, resume, zero
+from ummim.engine.data_faults import FaultLog
 from ummim.engine.faults import Interrupts, agree, raise_non_finite
 from ummim.engine.metrics import Meter, MetricsLog, peak_memory
 from ummim.engine.optim import build_schedule
@@ -42,6 +44,7 @@ class Accumulated(NamedTuple):
     losses: list[Tensor]
     metrics: dict[str, Tensor]
     keys: list[list[str]]
+    faults: list[Any]  # the samples that could not be read
     waited: float  # seconds spent waiting for data
 
     @property
@@ -63,7 +66,7 @@ def train(
     digest: of the data's index; a checkpoint of other data is refused. ``build_batches(done)`` yields this rank's
     micro-batches from optimizer step ``done`` on, ``plan.accumulation`` of them per step. ``on_epoch_end(epochs
     done)`` runs on every rank (ZeRO-3 needs all of them for a forward pass). 0: done; 130, 143: interrupted, and
-    saved. Raises CheckpointError and UserError.
+    saved. Raises CheckpointError, DataError and UserError.
     """
     engine = zero.initialize(task, recipe, plan)
     done = resume.restore(engine, recipe, plan, digest, world)
@@ -86,6 +89,7 @@ def fit(
     output, meter = Path(recipe.output), Meter()
     stream = (batch for batch in batches)  # a generator: closing it ends the loader's workers, whatever happens
     schedule = build_schedule(engine.optimizer, recipe.optim, plan)
+    faults = FaultLog(recipe, plan, done, world)
     with closing(stream), Interrupts() as interrupts, MetricsLog(recipe, plan, done, world) as metrics:
         while done < plan.stop_step:
             begun = time.perf_counter()
@@ -93,8 +97,11 @@ def fit(
             schedule.step_update(done)
             lr = engine.optimizer.param_groups[-1]["lr"]
             micro = accumulate(engine, stream, plan.accumulation, world.device)
-            loss, stop = agree(micro.loss, interrupts.code, world)
-            if not torch.isfinite(torch.tensor(loss)):
+            loss, stop, bad, lost = agree(micro.loss, interrupts.code, micro.faults, world)
+            too_bad = faults.count(done + 1, micro.faults, bad)
+            if lost:
+                faults.stop(done + 1, saved=False)
+            if not math.isfinite(loss):
                 raise_non_finite(done + 1, micro.losses, micro.keys, world)
             norm = zero.step(engine)
             done += 1
@@ -103,13 +110,17 @@ def fit(
             if done % recipe.log_every == 0 or done == plan.stop_step:
                 state = {"step": done, "epoch": done / plan.steps_per_epoch, "samples": done * plan.global_batch}
                 record = {"loss": loss, "lr": lr, "grad_norm": norm, **meter.read(plan.global_batch)}
-                extra = {"peak_memory_mib": peak_memory(world.device), **average(micro.metrics, world)}
+                extra = {"data_faults": faults.total, "peak_memory_mib": peak_memory(world.device)}
+                extra.update(average(micro.metrics, world))
                 metrics.log({**state, **record, **extra})
             if on_epoch_end is not None and done % plan.steps_per_epoch == 0:
                 on_epoch_end(done // plan.steps_per_epoch)
-            if stop or done == plan.stop_step or (recipe.checkpoint_every and done % recipe.checkpoint_every == 0):
+            due = recipe.checkpoint_every and done % recipe.checkpoint_every == 0
+            if stop or too_bad or due or done == plan.stop_step:
                 reached = checkpoint.RunState.at(done, recipe, plan, digest, engine.layout)
                 checkpoint.save(engine, output, reached, recipe.keep_checkpoints, world)
+            if too_bad:
+                faults.stop(done, saved=True)
             if stop:
                 if world.is_main:
                     log.warning("stopped after step %d, saved; the same command goes on from here", done)
@@ -127,6 +138,7 @@ def accumulate(engine: Any, stream: Iterator[Any], count: int, device: torch.dev
     losses: list[Tensor] = []
     totals: dict[str, Tensor] = {}
     keys: list[list[str]] = []
+    faults: list[Any] = []
     waited = 0.0
     for index in range(count):
         asked = time.perf_counter()
@@ -138,9 +150,10 @@ def accumulate(engine: Any, stream: Iterator[Any], count: int, device: torch.dev
             engine.step()  # not at the boundary yet: DeepSpeed only counts
         losses.append(output.loss.detach())
         keys.append(batch.keys)
+        faults += batch.faults
         for name, value in output.metrics.items():
             totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach() / count
-    return Accumulated(losses, totals, keys, waited)
+    return Accumulated(losses, totals, keys, faults, waited)
 
 
 def average(metrics: dict[str, Tensor], world: World) -> dict[str, float]:
