@@ -82,7 +82,7 @@ def pretrain(recipe: Recipe) -> int:
     fixed = on_every_rank(
         lambda: fixed_batch(index, recipe.data, sampler, recipe.seed, recipe.figure_images).to(world.device), world
     )
-    for fault in fixed.faults if world.is_main else ():
+    for fault in (fault for fault in fixed.faults if world.is_main and fault.attempt == 0):
         log.warning("for the figures: %s; %r is shown instead", describe(fault), fault.replacement)
 
     def batches(done: int) -> Iterable[Batch]:

@@ -49,8 +49,15 @@ def test_replacements_are_a_pure_function_and_spread() -> None:
     assert all(0 <= row < 1000 for row in drawn)
     for other in ((4, 1, 5), (3, 2, 5), (3, 1, 6)):
         assert drawn != list(replacements(*other, 1000))
-    first = [next(replacements(0, 0, row, 10)) for row in range(2000)]
+    first = [next(replacements(0, epoch, row, 10)) for epoch in range(200) for row in range(10)]
     assert np.bincount(first, minlength=10).min() > 140  # of 200 expected
+    assert all(row not in replacements(0, 0, row, 3) for row in range(3))
+    assert list(replacements(0, 0, 0, 1)) == []
+
+
+def test_replacements_are_pinned() -> None:
+    """Another rule would replay other batches than those that runs have trained on: change it only with a reason."""
+    assert list(islice(replacements(0, 0, 5, 100), 4)) == [47, 30, 10, 59]
 
 
 def test_an_undecodable_image_is_replaced_and_reported(folder: Path) -> None:

@@ -122,6 +122,7 @@ def test_only_the_newest_are_kept_and_leftovers_go(world, tmp_path):
 def test_resume_never_starts_anew_and_loses_nothing(world, output, caplog):
     first = losses(output)
     (output / "shards").mkdir()  # not the run's
+    (output / "data_faults-1.jsonl").write_text("{}\n")
     for number in (1, 2):
         assert go(world, output, resume="never") == 0
         assert f"moved to {output / f'before-{number}'}" in caplog.text
@@ -129,6 +130,8 @@ def test_resume_never_starts_anew_and_loses_nothing(world, output, caplog):
         assert losses(folder) == first
         assert checkpoint.fault(folder / "checkpoints" / "step-6") is None
     assert (output / "shards").is_dir()
+    assert (output / "before-1" / "data_faults-1.jsonl").is_file()
+    assert not (output / "data_faults-1.jsonl").exists()
 
 
 @pytest.mark.parametrize("where", ["", "checkpoints", "checkpoints/step-4"])

@@ -27,9 +27,10 @@ class SourceDown(DataError):
 
 
 def replacements(seed: int, epoch: int, row: int, rows: int) -> Iterator[int]:
-    """Rows to read, one after the other until one is sound, in place of ``row`` of a table of ``rows``.
+    """Other rows to read, one after the other until one is sound, in place of ``row`` of a table of ``rows``.
 
     A pure function of its arguments: the same whatever rank and worker reads the sample.
     """
-    for attempt in range(ATTEMPTS):
-        yield sample_seed(seed, epoch, f"replacement {attempt} of row {row}") % rows
+    for attempt in range(ATTEMPTS if rows > 1 else 0):
+        other = sample_seed(seed, epoch, f"replacement {attempt} of row {row}") % (rows - 1)
+        yield other + (other >= row)

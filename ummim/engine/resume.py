@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RUN_FILES = (FOLDER, "metrics.jsonl", "recipe.yaml", "environment.json", "reconstructions", "tensorboard")
+RUN_FILES = (
+    FOLDER,
+    "metrics.jsonl",
+    "data_faults*.jsonl",
+    "recipe.yaml",
+    "environment.json",
+    "reconstructions",
+    "tensorboard",
+)
 
 
 _locks: list[IO[str]] = []  # held until the process ends
@@ -68,7 +76,7 @@ def find(resume: str, output: Path) -> Path | None:
     if resume == "auto":
         return newest_valid(own)
     if resume == "never":
-        set_aside(output, [output / name for name in RUN_FILES])
+        set_aside(output, [path for name in RUN_FILES for path in sorted(output.glob(name))])
         return None
     path = Path(resume)
     if (path / MANIFEST).is_file() or path.name.startswith("step-"):
