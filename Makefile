@@ -28,7 +28,7 @@ quickstart: install
 	@echo "Look at runs/quickstart/run/reconstructions/epoch-0060.png"
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 check: install
 	$(BIN)/ruff check .
