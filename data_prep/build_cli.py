@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+from data_prep.arguments import count
 from ummim.errors import DataError
 
 
@@ -36,26 +37,24 @@ def run(options: argparse.Namespace) -> int:
 
 def _add_shards(group: argparse._ArgumentGroup) -> None:
     option = group.add_argument
-    option("--shard-count", type=_count, default=1000, metavar="N", help="images per shard (%(default)s)")
+    option("--shard-count", type=count, default=1000, metavar="N", help="images per shard (%(default)s)")
     option("--shard-bytes", type=_size, metavar="SIZE", help="close a shard once it has SIZE bytes, e.g. 256MB")
     option("--shuffle-seed", type=int, default=0, metavar="S", help="seed of the samples' order (%(default)s)")
     option("--no-shuffle", dest="shuffle_seed", action="store_const", const=None, help="keep the order of SRC instead")
-    option("--limit", type=_count, metavar="N", help="take only N images, the first ones after shuffling")
+    option("--limit", type=count, metavar="N", help="take only N images, the first ones after shuffling")
 
 
 def _add_images(group: argparse._ArgumentGroup) -> None:
     option = group.add_argument
     option("--classes", metavar="FILE|A,B,...", help="take only these classes, numbered in this order")
-    option("--short-side", type=_count, metavar="PX", help="shrink larger images to this short side")
+    option("--short-side", type=count, metavar="PX", help="shrink larger images to this short side")
     option("--quality", type=_quality, metavar="Q",
            help="make every image a JPEG of quality Q (keep the file's bytes; shrunk images get 95)")  # fmt: skip
     option("--exif", choices=["keep", "bake", "drop"], default="keep",
            help="rotation by EXIF: keep it in the file's bytes, for the loader to apply; bake it into the pixels; or "
            "drop it, as torchvision's ImageFolder does (%(default)s)")  # fmt: skip
-    option(
-        "--min-side", type=_count, default=1, metavar="PX", help="leave out images with a smaller side (%(default)s)"
-    )
-    option("--max-pixels", type=_count, default=178_956_970, metavar="N",
+    option("--min-side", type=count, default=1, metavar="PX", help="leave out images with a smaller side (%(default)s)")
+    option("--max-pixels", type=count, default=178_956_970, metavar="N",
            help="leave out images with more pixels (%(default)s)")  # fmt: skip
     option("--max-bad", type=_share, default=0.01, metavar="SHARE",
            help="share of images that may be left out before the build fails (%(default)s)")  # fmt: skip
@@ -80,13 +79,6 @@ def _classes(text: str) -> tuple[str, ...]:
     if not found:
         raise DataError(f"--classes {text!r}: name at least one class")
     return found
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
 
 
 def _quality(text: str) -> int:

@@ -9,13 +9,12 @@ from typing import Literal, NamedTuple
 import simplejpeg
 from PIL import ExifTags, Image
 
-from ummim.data.images import open_image, reason, to_rgb
+from ummim.data.images import APP1, is_turned, jpeg_segments, open_image, reason, to_rgb
 
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with pictures behind it
 FORMATS = {*KEPT, "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF"}  # Pillow runs a program to read EPS
 DEFAULT_QUALITY = 95
 READER_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 2**62)  # pixels; above it, the loader refuses an image
-_NOTES, _SCAN = 0xE1, 0xDA  # markers in a JPEG: EXIF or XMP, which may turn the picture, and its data
 _MODES = {"Gray": "L", "YCbCr": "RGB", "RGB": "RGB"}
 
 
@@ -85,7 +84,7 @@ class Conversion:
         self._check_side(*image.size)
         kind = f"{image.format} {image.mode}"
         kept = KEPT.get(image.format or "")
-        turned = _is_turned(image)
+        turned = is_turned(image)
         if turned and self.exif == "drop":
             image.getexif()[ExifTags.Base.Orientation] = 1
         rgb = to_rgb(image)
@@ -136,36 +135,20 @@ def _plain_jpeg(data: bytes, max_pixels: int) -> _Plain | None:
         if colours not in _MODES or width * height > max_pixels:
             return None
         simplejpeg.decode_jpeg(data, "GRAY", fastdct=True, fastupsample=True, min_height=1, min_width=1)
-        noted = any(marker == _NOTES for marker, _, _ in _segments(data))
-        if noted and _is_turned(open_image(data)):
+        noted = any(marker == APP1 for marker, _, _ in jpeg_segments(data))
+        if noted and is_turned(open_image(data)):
             return None
     except Exception:  # Pillow will say what is wrong, or find nothing
         return None
     return _Plain(width, height, f"JPEG {_MODES[colours]}")
 
 
-def _is_turned(image: Image.Image) -> bool:
-    return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-
-
 def _without_notes(data: bytes) -> bytes:
     """A JPEG without its EXIF and XMP segments (APP1)."""
     parts, end = [data[:2]], 2
-    for marker, start, end in _segments(data):
-        parts += [data[start:end]] if marker != _NOTES else []
+    for marker, start, end in jpeg_segments(data):
+        parts += [data[start:end]] if marker != APP1 else []
     return b"".join([*parts, data[end:]])
-
-
-def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, start, end) of the segments of a JPEG's header."""
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != _SCAN:
-        if data[at + 1] == 0xFF:  # padding
-            at += 1
-            continue
-        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        yield data[at + 1], at, end
-        at = end
 
 
 def _encode(rgb: Image.Image, kind: str, quality: int = DEFAULT_QUALITY) -> bytes:

@@ -4,6 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
+from data_prep.arguments import count
+
 COMMANDS = ("index", "verify", "inspect")
 
 
@@ -37,9 +39,9 @@ def _add_index(index: argparse.ArgumentParser) -> None:
 def _add_inspect(inspect: argparse.ArgumentParser) -> None:
     option = inspect.add_argument
     option("--out", type=Path, metavar="PNG", help="the contact sheet (DST/inspect.png)")
-    option("--samples", type=_count, default=48, metavar="N", help="pictures on the contact sheet (%(default)s)")
+    option("--samples", type=count, default=48, metavar="N", help="pictures on the contact sheet (%(default)s)")
     option("--seed", type=int, metavar="S", help="draw them at random (evenly spaced over the shards)")
-    option("--measure", type=_count, default=10_000, metavar="N",
+    option("--measure", type=count, default=10_000, metavar="N",
            help="read the sizes of at most N images, evenly spaced (%(default)s)")  # fmt: skip
     option("--key", metavar="KEY", help="say where this sample lies and what it is, and no more")
 
@@ -80,10 +82,3 @@ def _extensions(text: str) -> tuple[str, ...]:
     if not all(names):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of extensions: write jpg, or jpg,png")
     return names
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value

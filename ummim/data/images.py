@@ -13,6 +13,7 @@ with, it leaves to Pillow.
 
 import io
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
@@ -21,8 +22,8 @@ from PIL import ExifTags, Image, ImageOps
 # What a broken, foreign or oversized file makes Pillow raise.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, Image.DecompressionBombError)
 
-# A JPEG's beginning, the marker of EXIF or XMP, and that of the pixels' code.
-START, APP1, SCAN = b"\xff\xd8", b"\xff\xe1", b"\xff\xda"
+START = b"\xff\xd8"  # of a JPEG
+APP1, SCAN = 0xE1, 0xDA  # markers in a JPEG: EXIF or XMP, which may turn the picture, and its data
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -76,15 +77,29 @@ def _plain_jpeg(data: bytes) -> np.ndarray | None:
 
 def _is_upright(data: bytes) -> bool:
     """Whether a JPEG's header has no EXIF or XMP, or Pillow finds no rotation in it."""
-    at = len(START)
-    while data[at : at + 1] == b"\xff" and data[at : at + 2] not in (APP1, SCAN):
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")  # a segment: its marker, then its length and the rest
-    if data[at : at + 2] == SCAN:
+    if not any(marker == APP1 for marker, _, _ in jpeg_segments(data)):
         return True
     try:
-        return open_image(data).getexif().get(ExifTags.Base.Orientation, 1) not in range(2, 9)
+        return not is_turned(open_image(data))
     except UNREADABLE:
         return False
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether EXIF says that the picture is to be turned or mirrored."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+
+
+def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker, start, end) of the segments of a JPEG's header."""
+    at = len(START)
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != SCAN:
+        if data[at + 1] == 0xFF:  # padding
+            at += 1
+            continue
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        yield data[at + 1], at, end
+        at = end
 
 
 def reason(error: BaseException) -> str:
