@@ -8,8 +8,9 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ummim.atomic import write_text
 from ummim.engine.faults import EXIT_INTERRUPT
@@ -17,6 +18,9 @@ from ummim.errors import EXIT_USER, RecipeError, run_main
 from ummim.recipe import Recipe
 from ummim.recipe_file import dump_recipe, load_recipe
 from ummim.run_plan import RunPlan
+
+if TYPE_CHECKING:
+    from ummim.engine.zero import World
 
 log = logging.getLogger("ummim.train")
 
@@ -47,6 +51,17 @@ def _run(options: argparse.Namespace) -> int:
 
 def pretrain(recipe: Recipe) -> int:
     """Run ``recipe`` on this rank, to its end or an interruption; returns the exit code."""
+    from ummim.engine.watchdog import Watchdog
+    from ummim.engine.zero import setup_distributed, shutdown
+
+    world = setup_distributed()
+    with Watchdog(recipe, world) as watchdog:
+        code = _pretrain(recipe, world, watchdog.beat)
+    shutdown()  # not after an error: it would wait for ranks that are gone
+    return code
+
+
+def _pretrain(recipe: Recipe, world: "World", beat: Callable[[int, str], None]) -> int:
     import torch
 
     from ummim.attention_maps import attention_batches
@@ -55,12 +70,12 @@ def pretrain(recipe: Recipe) -> int:
     from ummim.engine.faults import on_every_rank, on_main
     from ummim.engine.resume import lock
     from ummim.engine.trainer import train
-    from ummim.engine.zero import deepspeed_config, setup_distributed, shutdown
+    from ummim.engine.watchdog import FIGURE
+    from ummim.engine.zero import deepspeed_config
     from ummim.environment import write_environment
     from ummim.pretrain import Pretraining
     from ummim.reconstruct import draw_reconstruction
 
-    world = setup_distributed()
     output = Path(recipe.output)
 
     def prepare() -> tuple[ShardIndex, RunPlan]:
@@ -97,12 +112,11 @@ def pretrain(recipe: Recipe) -> int:
 
     def on_epoch_end(epoch: int) -> None:
         if recipe.figure_every and (epoch % recipe.figure_every == 0 or epoch == recipe.epochs):
+            beat(epoch * plan.steps_per_epoch, FIGURE)
             path = output / "reconstructions" / f"epoch-{epoch:04d}.png"
             draw_reconstruction(method, fixed, path if world.is_main else None, f"{recipe.name}, epoch {epoch}")
 
-    code = train(Pretraining(method), recipe, plan, world, index.digest, batches, on_epoch_end)
-    shutdown()  # not after an error: it would wait for ranks that are gone
-    return code
+    return train(Pretraining(method), recipe, plan, world, index.digest, batches, on_epoch_end, beat)
 
 
 def _parser() -> argparse.ArgumentParser:

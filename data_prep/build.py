@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import PIL
 from tqdm import tqdm
 
 from data_prep.convert import READER_LIMIT, Conversion
-from data_prep.files import atomic_write
 from data_prep.index import write_index
 from data_prep.journal import QUARANTINE, SUMMARY, Bad, Journal, claim
 from data_prep.packing import Packed, Packer, chunks
@@ -28,9 +28,10 @@ from data_prep.shard_writer import Finished
 from data_prep.sources import Item, Reading, Source, open_source, subset
 from data_prep.summary import report, summarise
 from data_prep.target import Target, open_target
+from ummim.atomic import atomic_write
 from ummim.data.shards import CLASSES, INDEX, TABLE
 from ummim.errors import DataError
-from ummim.masking import sample_seed
+from ummim.seeds import sample_seed
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,12 @@ def _open(src: str, options: BuildOptions, workers: int) -> Source:
 def _arrange(items: list[Item], options: BuildOptions) -> list[Item]:
     """The items in the order of the shards: those of a group stay together, for they are read together."""
     seed = options.shuffle_seed
-    if seed is not None:
-
-        def place(item: Item) -> tuple[int, int]:
-            group = sample_seed(seed, 0, f"group {item.group}") if item.group >= 0 else 0
-            return group, sample_seed(seed, 0, item.key)
-
-        items = sorted(items, key=place)
-    return items[: options.limit]
+    if seed is None:
+        return items[: options.limit]
+    groups = (sample_seed(seed, 0, f"group {item.group}") if item.group >= 0 else 0 for item in items)
+    places = (sample_seed(seed, 0, item.key) for item in items)
+    first, second = (np.fromiter(values, np.uint64, len(items)) for values in (groups, places))
+    return [items[i] for i in np.lexsort((second, first))[: options.limit]]
 
 
 def _identity(items: list[Item], source: Source, options: BuildOptions) -> str:

@@ -12,7 +12,6 @@ from PIL import ExifTags, Image
 from ummim.data.images import APP1, is_turned, jpeg_segments, open_image, reason, to_rgb
 
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with pictures behind it
-FORMATS = {*KEPT, "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF"}  # Pillow runs a program to read EPS
 DEFAULT_QUALITY = 95
 READER_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 2**62)  # pixels; above it, the loader refuses an image
 _MODES = {"Gray": "L", "YCbCr": "RGB", "RGB": "RGB"}
@@ -77,8 +76,6 @@ class Conversion:
     def _convert(self, data: bytes) -> Stored:
         with _no_pixel_limit():
             image = open_image(data)
-        if image.format not in FORMATS:
-            raise ValueError(f"{image.format} files are not taken")
         if image.width * image.height > self.max_pixels:
             raise ValueError(f"{image.width}x{image.height} pixels are more than {self.max_pixels}")
         self._check_side(*image.size)

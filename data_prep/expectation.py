@@ -10,7 +10,9 @@ import numpy as np
 from data_prep.index import file_sha256, sealed
 from data_prep.scan import Rules
 from data_prep.tar import Fault
-from ummim.data.shards import CLASSES, FORMAT, INDEX, JOURNAL, TABLE, Shard, read_classes, table_dtype
+from ummim.data.index_files import load_table
+from ummim.data.shards import CLASSES, FORMAT, INDEX, JOURNAL, TABLE, Shard, read_classes
+from ummim.data.urls import is_url
 from ummim.errors import DataError
 
 _FIELDS = {
@@ -21,12 +23,12 @@ _FIELDS = {
     "rules": dict,
     "table_sha256": str,
     "classes_sha256": str | None,
+    "url": str | None,
     "shards": list,
     "index_sha256": str,
 }
 _SHARD = {"name": str, "bytes": int, "sha256": str, "samples": int}
-_COLUMNS = ("key", "shard", "offset", "length", "label")
-_LATER = {"rules", "classes_sha256", "index_sha256"}  # an index without them is merely checked less closely
+_LATER = {"rules", "classes_sha256", "url", "index_sha256"}  # an index without them is merely checked less closely
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Expectation:
         table: the sample table; None if it cannot be read or belongs to other shards.
         labelled, rules: of the index.
         classes: number of class names; None for unlabelled data, or if they cannot be read.
+        url: where the shards lie, if not beside their index.
         faults: of the index, the table and the class list themselves.
     """
 
@@ -46,6 +49,7 @@ class Expectation:
     labelled: bool = False
     rules: Rules = Rules()
     classes: int | None = None
+    url: str | None = None
     faults: list[Fault] = field(default_factory=list)
 
     def fault(self, file: str, reason: str) -> None:
@@ -65,7 +69,7 @@ def read_expectation(folder: Path) -> Expectation:
         content = _read_index(folder, expected)
         expected.labelled = content["labelled"]
         expected.rules = Rules(labels=expected.labelled)
-        expected.shards = _shards(content, expected)
+        expected.shards, expected.url = _shards(content, expected), content.get("url")
         if "rules" in content:
             expected.rules = _rules(content["rules"])
     except _Unusable as error:
@@ -101,6 +105,8 @@ def _read_index(folder: Path, expected: Expectation) -> dict:
             raise _Unusable(f"field {name!r} is {str(content[name])[:60]!r}")
     if content["format"] != FORMAT:
         raise _Unusable(f"has format {content['format']!r}, not {FORMAT!r}")
+    if content.get("url") is not None and not is_url(content["url"]):
+        raise _Unusable(f"field 'url' is {content['url'][:60]!r}")
     if set(content) - set(_FIELDS):
         expected.fault(INDEX, f"has unknown fields: {', '.join(sorted(set(content) - set(_FIELDS)))}")
     if "index_sha256" in content and sealed({k: v for k, v in content.items() if k != "index_sha256"}) != raw:
@@ -138,16 +144,13 @@ def _rules(found: dict) -> Rules:
 
 def _read_table(folder: Path, sha256: str, shards: list[Shard], expected: Expectation) -> np.ndarray:
     try:
-        table = np.load(folder / TABLE, mmap_mode="r", allow_pickle=False)
+        table = load_table(folder / TABLE)
     except OSError as error:
         raise _Unusable(f"cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # a damaged header makes numpy raise anything
-        raise _Unusable(f"is no table: {str(error).splitlines()[0] if str(error) else repr(error)}") from None
+    except ValueError as error:
+        raise _Unusable(str(error)) from None
     if file_sha256(folder / TABLE) != sha256:
         expected.fault(TABLE, f"is not the table that {INDEX} was made with: its checksum differs")
-    kind = table.dtype
-    if table.ndim != 1 or kind.names != _COLUMNS or kind != table_dtype(kind["key"].itemsize):
-        raise _Unusable(f"has shape {table.shape} and type {kind}, not rows of {', '.join(_COLUMNS)}")
     samples = [shard.samples for shard in shards]
     if len(table) != sum(samples):
         raise _Unusable(f"has {len(table)} rows, {INDEX} lists {sum(samples)} samples")

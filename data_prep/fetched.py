@@ -6,11 +6,11 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import IO
 
-from ummim.data.download import Patience, persist
-from ummim.data.remote import Refused, is_url, join, stream
+from data_prep.locations import patience
+from ummim.data.download import persist
+from ummim.data.remote import Refused, stream
 from ummim.data.shards import CLASSES, INDEX, TABLE
-
-_PATIENCE_SECONDS = 60.0
+from ummim.data.urls import is_url, join
 
 
 @contextmanager
@@ -48,11 +48,11 @@ def local_index(place: str) -> Iterator[Path]:
 
 
 def _fetch(location: str, file: IO[bytes]) -> None:
-    patience = Patience(_PATIENCE_SECONDS)
+    limit = patience()
 
     def receive() -> None:
-        for piece in stream(location, file.tell(), None, patience.stall):  # goes on where it broke off
+        for piece in stream(location, file.tell(), None, limit.stall):  # goes on where it broke off
             file.write(piece)
-            patience.progress()
+            limit.progress()
 
-    persist(receive, location, patience)
+    persist(receive, location, limit)

@@ -10,10 +10,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.files import atomic_write, sync_folder
+from data_prep.fetched import local_file
+from data_prep.index_place import indexed_place, shard_names
+from data_prep.keys import repeated
 from data_prep.pool import ordered
 from data_prep.scan import Rules, Survey, checksum, key_text, survey
-from ummim.data.shards import CLASSES, FORMAT, INDEX, JOURNAL, TABLE, UNLABELLED, Shard, read_classes, table_dtype
+from ummim.atomic import atomic_write, sync_folder, write_bytes
+from ummim.data.remote import Refused
+from ummim.data.shards import CLASSES, FORMAT, INDEX, TABLE, UNLABELLED, Shard, read_classes, table_dtype
+from ummim.data.urls import join, local_path, shown
 from ummim.errors import DataError
 
 _REMEDIES = {  # by kind of fault
@@ -25,58 +30,84 @@ _REMEDIES = {  # by kind of fault
 }
 
 
-def index(folder: Path, workers: int, rules: Rules | None = None, recursive: bool = False) -> str:
-    """Scan every ``*.tar`` of ``folder``, by name, and write the index; returns a summary.
+def index(
+    location: str, workers: int, rules: Rules | None = None, recursive: bool = False, out: Path | None = None
+) -> str:
+    """Scan every ``*.tar`` of a folder, by name, and write the index; returns a summary.
 
-    ``recursive`` takes the tars of the folders below as well.
+    Args:
+        location: the folder, or its URL: then each shard is copied to a temporary file while it is read.
+        workers: processes.
+        rules: what of the shards goes into the index.
+        recursive: take the tars of the folders below as well.
+        out: folder for the index of shards behind a URL; None: it is written beside them.
 
     Raises:
-        DataError: no tars, an unfinished build, a shard that cannot be indexed, keys that come twice, or
-            labels without a fitting class list. An index that was there stays.
+        DataError: no tars, an unfinished build, a shard that cannot be indexed, keys that come twice, labels
+            without a fitting class list, or a place that the index cannot be written to. An index that was there stays.
     """
-    names = _shard_names(folder, recursive)
-    if (folder / JOURNAL).exists():
-        raise DataError(f"{folder} holds an unfinished build: run the same build again, it goes on where it was")
-    rules = rules or Rules()
-    jobs = ordered(partial(_examine, folder=folder, rules=rules), names, workers)
-    found = list(tqdm(jobs, "index", len(names), unit=" shards", disable=None))
-    surveys = [one for _, one in found]
-    skipped = sum(one.skipped for one in surveys)
-    if rules.labels:
-        skipped += _complete_labels(folder, names, surveys, rules.skip_incomplete)
-    shards, rows = [shard for shard, _ in found], [one.rows for one in surveys]
-    notes = {
-        "incomplete samples left out": skipped,
-        "samples with several images, taken in the order of --image": sum(one.several for one in surveys),
-        "members ignored (no extension, or a link)": sum(one.ignored for one in surveys),
-    }
-    summary = write_index(folder, shards, rows, None, rules)
+    rules, place = rules or Rules(), local_path(location).rstrip("/") or "/"
+    with indexed_place(place, out) as target:
+        names = shard_names(place, recursive)
+        jobs = ordered(partial(_examine, place=place, rules=rules), names, workers)
+        found = list(tqdm(jobs, "index", len(names), unit=" shards", disable=None))
+        surveys = [one for _, one in found]
+        skipped = sum(one.skipped for one in surveys)
+        if rules.labels:
+            skipped += _complete_labels(place, names, surveys, rules.skip_incomplete)
+        shards, rows = [shard for shard, _ in found], [one.rows for one in surveys]
+        notes = {
+            "incomplete samples left out": skipped,
+            "samples with several images, taken in the order of --image": sum(one.several for one in surveys),
+            "members ignored (no extension, or a link)": sum(one.ignored for one in surveys),
+        }
+        del found, surveys
+        url = place if out is not None else None
+        summary = write_index(target.folder, shards, rows, None, rules, str(out or shown(place)), url)
+        if target.url is not None:
+            target.withdraw(INDEX)  # never an index beside a table that is not its own
+            target.publish(TABLE)
+            target.publish(INDEX)
     return summary + "".join(f"; {count:,} {note}" for note, count in notes.items() if count)
 
 
 def write_index(
-    folder: Path, shards: Sequence[Shard], rows: Sequence[np.ndarray], source: str | None, rules: Rules | None = None
+    folder: Path,
+    shards: Sequence[Shard],
+    rows: list[np.ndarray],
+    source: str | None,
+    rules: Rules | None = None,
+    place: str | None = None,
+    url: str | None = None,
 ) -> str:
     """Check the rows of all shards together and write table and index, the index last; returns a summary.
 
-    ``source`` identifies the images and options of a build, so that the same build need not run twice;
-    ``rules`` are those by which the rows were found, for ``verify``.
+    Args:
+        folder: where to.
+        shards: in the order of the table; their counts of samples are taken from the rows.
+        rows: of each shard; the list is emptied, for the table takes as much memory again.
+        source: identifies the images and options of a build, so that the same build need not run twice.
+        rules: those by which the rows were found, for ``verify``.
+        place: the folder in messages.
+        url: where the shards lie, if not in ``folder``.
     """
+    place = place or str(folder)
     width = max(array.dtype["key"].itemsize for array in rows)
-    table = np.empty(sum(map(len, rows)), table_dtype(width))
     first = np.cumsum([0, *map(len, rows)])
-    for number, array in enumerate(rows):
-        table[first[number] : first[number + 1]] = array
+    table = np.empty(int(first[-1]), table_dtype(width))
+    for number in reversed(range(len(rows))):
+        table[first[number] : first[number + 1]] = rows.pop()
         table["shard"][first[number] : first[number + 1]] = number
     if not len(table):
-        raise DataError(f"{folder}: its shards hold no samples")
-    _check_unique(folder, shards, table)
+        raise DataError(f"{place}: its shards hold no samples")
+    _check_unique(place, shards, table)
     labelled = bool((table["label"] != UNLABELLED).any())
     if labelled:
-        _check_labels(folder, shards, table)
+        _check_labels(folder, place, shards, table)
     (folder / INDEX).unlink(missing_ok=True)  # never an index beside a table that is not its own
     with atomic_write(folder / TABLE) as file:
         np.lib.format.write_array(file, table, allow_pickle=False)
+    counts = np.diff(first).tolist()
     content = {
         "format": FORMAT,
         "samples": len(table),
@@ -85,15 +116,15 @@ def write_index(
         "rules": asdict(rules or Rules()),
         "table_sha256": file_sha256(folder / TABLE),
         "classes_sha256": file_sha256(folder / CLASSES) if labelled else None,
-        "shards": [asdict(replace(shard, samples=len(array))) for shard, array in zip(shards, rows, strict=True)],
+        **({} if url is None else {"url": url}),
+        "shards": [asdict(replace(shard, samples=count)) for shard, count in zip(shards, counts, strict=True)],
     }
     sync_folder(folder)
-    with atomic_write(folder / INDEX) as file:
-        file.write(sealed(content))
+    write_bytes(folder / INDEX, sealed(content))
     sync_folder(folder)
     noun = "shard" if len(shards) == 1 else "shards"
     megabytes = sum(shard.bytes for shard in shards) / 1e6
-    return f"{len(table):,} samples in {len(shards):,} {noun}, {megabytes:,.1f} MB: {folder}"
+    return f"{len(table):,} samples in {len(shards):,} {noun}, {megabytes:,.1f} MB: {place}"
 
 
 def sealed(content: dict) -> bytes:
@@ -107,43 +138,24 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _shard_names(folder: Path, recursive: bool) -> list[str]:
-    """Paths below ``folder`` of its tars, sorted."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no local folder: index shards where they lie, then copy the index beside them")
-    names = _tars(folder, "**/*.tar" if recursive else "*.tar")
-    if names:
-        return names
-    nested = _tars(folder, "**/*.tar")
-    if nested:
-        raise DataError(
-            f"{folder} holds no shards itself, but {len(nested)} in folders below ({nested[0]}): "
-            "index one of these, or all of them as one data set: --recursive"
-        )
-    packed = next(folder.glob("*.tar.*"), None)
-    found = f", but {packed.name}: unpack compressed tars first, they have no random access" if packed else ""
-    raise DataError(f"{folder} holds no shards (*.tar){found}")
-
-
-def _tars(folder: Path, pattern: str) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern) if not path.is_dir())
-
-
-def _examine(name: str, folder: Path, rules: Rules) -> tuple[Shard, Survey]:
-    path = folder / name
+def _examine(name: str, place: str, rules: Rules) -> tuple[Shard, Survey]:
+    where = f"{shown(place)}/{name}"
     try:
-        found = survey(path, name, rules)
-        if found.faults:
-            fault, more = found.faults[0], len(found.faults) - 1
-            others = f" ({more} more in this shard)" if more else ""
-            raise DataError(f"{folder / str(fault)}{others}: {_REMEDIES[fault.kind]}")
-        shard = checksum(path)
+        with local_file(join(place, name)) as path:
+            found = survey(path, name, rules)
+            if found.faults:
+                fault, more = found.faults[0], len(found.faults) - 1
+                others = f" ({more} more in this shard)" if more else ""
+                raise DataError(f"{shown(place)}/{fault}{others}: {_REMEDIES[fault.kind]}")
+            shard = checksum(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        raise DataError(f"{where} cannot be read: {error.strerror}") from None
+    except Refused as error:
+        raise DataError(f"{where} cannot be had: {error}") from None
     return replace(shard, name=name), found
 
 
-def _complete_labels(folder: Path, names: list[str], surveys: list[Survey], skip: bool) -> int:
+def _complete_labels(place: str, names: list[str], surveys: list[Survey], skip: bool) -> int:
     """Where some samples have labels, leave out those that have none, or refuse them; returns their number."""
     counts = [int((found.rows["label"] == UNLABELLED).sum()) for found in surveys]
     missing = sum(counts)
@@ -154,8 +166,8 @@ def _complete_labels(folder: Path, names: list[str], surveys: list[Survey], skip
         rows = surveys[number].rows
         row = rows[int(np.argmax(rows["label"] == UNLABELLED))]
         raise DataError(
-            f"{folder / names[number]}: key {key_text(row['key'])!r} at byte {row['offset']}: no label, but others "
-            f"have one ({missing:,} such samples): leave them out (--skip-incomplete), or index without labels "
+            f"{shown(place)}/{names[number]}: key {key_text(row['key'])!r} at byte {row['offset']}: no label, but "
+            f"others have one ({missing:,} such samples): leave them out (--skip-incomplete), or index without labels "
             "(--ignore-labels)"
         )
     for found in surveys:
@@ -163,35 +175,28 @@ def _complete_labels(folder: Path, names: list[str], surveys: list[Survey], skip
     return missing
 
 
-def _check_unique(folder: Path, shards: Sequence[Shard], table: np.ndarray) -> None:
-    pairs = repeated(table["key"])
-    if len(pairs):
-        a, b = table[pairs[0]]
+def _check_unique(place: str, shards: Sequence[Shard], table: np.ndarray) -> None:
+    pairs = repeated([table["key"]])
+    if pairs:
+        a, b = table[pairs[0].first[1]], table[pairs[0].again[1]]
         raise DataError(
-            f"{folder}: key {key_text(a['key'])!r} is in {shards[a['shard']].name} at byte {a['offset']} "
+            f"{place}: key {key_text(a['key'])!r} is in {shards[a['shard']].name} at byte {a['offset']} "
             f"and in {shards[b['shard']].name} at byte {b['offset']} ({len(pairs):,} such keys), but a key decides "
             "its sample's crop and mask and must be unique: put the shards' names before all keys (--prefix-keys)"
         )
 
 
-def repeated(keys: np.ndarray) -> np.ndarray:
-    """(n, 2) int64: positions of each key that comes again, after the position of the one before it."""
-    order = np.argsort(keys, kind="stable")
-    again = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
-    return np.stack([order[again], order[again + 1]], axis=1)
-
-
-def _check_labels(folder: Path, shards: Sequence[Shard], table: np.ndarray) -> None:
+def _check_labels(folder: Path, place: str, shards: Sequence[Shard], table: np.ndarray) -> None:
     classes = read_classes(folder)
     worst = table[int(np.argmax(table["label"]))]
     if classes is None:
         raise DataError(
-            f"{folder / CLASSES} is missing, but the samples are labelled: write it (one class name a line, "
-            f"in label order; numbers will do: seq 0 {worst['label']} > {folder / CLASSES}), or index without labels: "
-            f"python -m data_prep index --ignore-labels {folder}"
+            f"{place}/{CLASSES} is missing, but the samples are labelled: write it (one class name a line, "
+            f"in label order; numbers will do: seq 0 {worst['label']} > {place}/{CLASSES}), or index without labels: "
+            f"python -m data_prep index --ignore-labels {place}"
         )
     if worst["label"] >= len(classes):
         raise DataError(
-            f"{folder / shards[worst['shard']].name}: key {key_text(worst['key'])!r} has label {worst['label']}, "
+            f"{place}/{shards[worst['shard']].name}: key {key_text(worst['key'])!r} has label {worst['label']}, "
             f"but {CLASSES} names {len(classes)} classes (0 to {len(classes) - 1}): complete it"
         )

@@ -13,14 +13,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_prep.contact_sheet import SIDE, Cell, contact_sheet
-from data_prep.files import atomic_write
 from data_prep.histogram import bars, histogram
 from data_prep.pool import ordered
 from data_prep.scan import key_text
+from ummim.atomic import atomic_write
 from ummim.data.images import open_image, reason, to_rgb
 from ummim.data.shards import UNLABELLED, ShardIndex, ShardReader
 from ummim.errors import DataError
-from ummim.masking import sample_seed
+from ummim.seeds import sample_seed
 
 SHEET = "inspect.png"
 _BLOCK = 250  # images a worker takes at a time

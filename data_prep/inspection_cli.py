@@ -19,7 +19,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_inspect(commands.add_parser("inspect", help="show samples, sizes and classes"))
     for name in COMMANDS:
         command = commands.choices[name]
-        command.add_argument("dst", help="folder of shards" if name == "index" else "folder of shards, or its URL")
+        command.add_argument("dst", help="folder of shards, or its URL")
         cores = len(os.sched_getaffinity(0))
         command.add_argument("--workers", type=int, default=cores, metavar="N", help="processes (%(default)s)")
 
@@ -33,6 +33,7 @@ def _add_index(index: argparse.ArgumentParser) -> None:
     option("--last-dot", action="store_true", help="extensions begin at the last dot of a file's name, not the first")
     option("--prefix-keys", action="store_true", help="put the shard's name before each key, where keys repeat")
     option("--skip-incomplete", action="store_true", help="leave out samples without an image or a label")
+    option("--out", type=Path, metavar="DIR", help="folder for the index of shards behind a URL (beside the shards)")
     option("--recursive", action="store_true", help="index the shards in all folders below as one data set")
 
 
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
             prefix_keys=options.prefix_keys,
             skip_incomplete=options.skip_incomplete,
         )
-        print(index(Path(options.dst), options.workers, rules, options.recursive))
+        print(index(options.dst, options.workers, rules, options.recursive, options.out))
     elif options.command == "verify":
         from data_prep.verify import verify
 

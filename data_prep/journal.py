@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.files import TEMPORARY
 from data_prep.shard_writer import Finished
 from data_prep.target import Target
+from ummim.atomic import TEMPORARY
 from ummim.data.shards import CLASSES, INDEX, JOURNAL, TABLE, Shard, table_dtype
 from ummim.errors import DataError
 

@@ -1,105 +1,69 @@
-"""Files by path or by URL: one way to list and read both. URLs go through fsspec (http, s3, gs, memory, ...)."""
+"""Listing and reading of sources by path or URL, on top of ``ummim.data.remote``: tried again while there is hope."""
 
+import errno
 import io
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
+from urllib.parse import unquote
 
-import fsspec
-
+from ummim.data.download import Patience, fetch_file, fetch_range, persist
+from ummim.data.remote import Missing, Refused, file_size, filesystem, fsspec_errors, serves_parts
+from ummim.data.urls import is_url, is_web, shown
 from ummim.errors import DataError
 
 Value = TypeVar("Value")
-_ATTEMPTS = 4  # waiting 1, 2 and 4 seconds between them
+PATIENCE_SECONDS = 60.0  # without progress, after which a server is given up
 _READ_AHEAD = 2**18
-
-
-def is_url(location: str) -> bool:
-    return re.match(r"[A-Za-z][A-Za-z0-9+.:-]*://", location) is not None
-
-
-def local(location: str) -> str:
-    """``location``, a ``file://`` URL made a path."""
-    return re.sub(r"^(file|local)://", "", location)
-
-
-def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of ``url`` and its path there.
-
-    Raises:
-        DataError: fsspec does not know the protocol, or needs a package for it.
-    """
-    if "::" in url:
-        raise DataError(f"{url}: chained URLs (::) are not taken: give the files themselves")
-    try:
-        return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise DataError(f"{url} cannot be opened: {error}") from None
 
 
 def exists(location: str) -> bool:
     if not is_url(location):
         return Path(location).exists()
+    if is_web(location):
+        return _is_there(location, lambda: file_size(location, patience().stall))
     fs, path = filesystem(location)
-    try:
-        attempt(location, lambda: fs.info(path))
-    except FileNotFoundError:
-        return False
-    return True
+    return _is_there(location, lambda: fs.info(path))
 
 
 def is_folder(location: str) -> bool:
     if not is_url(location):
         return Path(location).is_dir()
-    fs, path = filesystem(location)
-    if location.startswith("http"):  # fsspec takes every page with links for a folder
+    if is_web(location):  # fsspec takes every page with links for a folder
         return location.endswith("/")
+    fs, path = filesystem(location)
     return attempt(location, lambda: fs.isdir(path))
-
-
-def join(folder: str, name: str) -> str:
-    """The location of the file ``name`` below ``folder``."""
-    return f"{folder.rstrip('/')}/{name}"
-
-
-def parent(location: str) -> str:
-    return location.rstrip("/").rpartition("/")[0] or ("/" if location.startswith("/") else ".")
-
-
-def basename(location: str) -> str:
-    return location.rstrip("/").rpartition("/")[2]
 
 
 def read(location: str, start: int | None = None, length: int = 0) -> bytes:
     """The content of a file, or ``length`` bytes of it from ``start``.
 
     Raises:
-        OSError: a local file that cannot be read, or (FileNotFoundError) a remote one that is not there.
+        OSError: a local file that cannot be read, or a remote one that is not there or refused.
         DataError: a server that does not answer, or a file that ends before the last byte.
     """
     if not is_url(location):
         with io.FileIO(location) as file:
             data = file.readall() if start is None else os.pread(file.fileno(), length, start)
+    elif start is None:
+        data = _told(location, lambda: fetch_file(location, patience()))
     else:
-        fs, path = filesystem(location)
-        end = None if start is None else start + length
-        data = attempt(location, lambda: fs.cat_file(path, start, end))
+        data = _told(location, lambda: fetch_range(location, start, length, patience()))
     if start is not None and len(data) != length:
-        raise DataError(f"{location}: {len(data)} bytes at byte {start}, not {length}: "
-                        "the file has changed, or its server does not serve parts of files")  # fmt: skip
+        raise DataError(f"{shown(location)}: {len(data)} bytes at byte {start}, not {length}: the file has changed")
     return data
 
 
 def open_seekable(location: str) -> BinaryIO:
-    """A file open for reading. Of a remote one, the parts that are asked for are fetched."""
+    """A file open for reading. Of a remote one, the parts that are asked for are fetched. Raises like ``read``."""
     if not is_url(location):
         return Path(location).open("rb")
-    fs, path = filesystem(location)
-    file = attempt(location, lambda: fs.open(path, "rb", block_size=_READ_AHEAD, cache_type="readahead"))
-    return file if file.seekable() else io.BytesIO(read(location))
+    total = attempt(location, lambda: file_size(location, patience().stall))
+    if not total or not attempt(location, lambda: serves_parts(location, patience().stall)):
+        return io.BytesIO(read(location))
+    return io.BufferedReader(_Remote(location, total), _READ_AHEAD)
 
 
 def size(location: str) -> int:
@@ -107,32 +71,86 @@ def size(location: str) -> int:
     try:
         if not is_url(location):
             return Path(location).stat().st_size
-        fs, path = filesystem(location)
-        return int(attempt(location, lambda: fs.size(path)) or 0)
+        return attempt(location, lambda: file_size(location, patience().stall)) or 0
     except OSError:
         return 0
 
 
-def walk(folder: str) -> list[tuple[str, int]]:
-    """(path below ``folder``, bytes) of every file that is not hidden, sorted.
+def walk(folder: str, deep: bool = True) -> list[tuple[str, int]]:
+    """(path below ``folder``, bytes) of every file that is not hidden, sorted; ``deep``: also in folders below a URL.
 
     Links are followed, loops are not; what a link points to in vain has 0 bytes and is reported when read.
     """
     if not is_url(folder):
         return sorted(_walk(Path(folder), Path(folder)))
     fs, root = filesystem(folder)
-    found = attempt(folder, lambda: fs.find(root, detail=True))
-    names = [(path[len(root) :].lstrip("/"), info.get("size") or 0) for path, info in found.items()]
+    depth = None if deep else 1
+    found = attempt(folder, lambda: fs.find(root, maxdepth=depth, detail=True))
+    below = ((path[len(root) :].lstrip("/"), info.get("size") or 0) for path, info in found.items())
+    names = [(unquote(name) if is_web(folder) else name, size) for name, size in below]
     return sorted((name, size) for name, size in names if name and not re.search(r"(^|/)\.", name))
 
 
 def glob(pattern: str) -> list[str]:
     """The locations that fit ``pattern`` (``*``, ``?``, ``[]``), sorted."""
     if not is_url(pattern):
-        fs = fsspec.filesystem("file")
-        return sorted(str(path) for path in fs.glob(pattern))
+        return sorted(str(path) for path in filesystem(f"file://{os.getcwd()}")[0].glob(pattern))  # noqa: PTH109
     fs, path = filesystem(pattern)
     return sorted(fs.unstrip_protocol(found) for found in attempt(pattern, lambda: fs.glob(path)))
+
+
+def patience() -> Patience:
+    """How long a server is asked again."""
+    return Patience(PATIENCE_SECONDS, remedy="check the server and the network; the same command goes on from here")
+
+
+def attempt(url: str, action: Callable[[], Value]) -> Value:
+    """The result of ``action``, tried again while the server fails and there is patience.
+
+    Raises:
+        FileNotFoundError, PermissionError: the server says that there is no such file, or refuses it.
+        DataError: it did not answer in time.
+    """
+
+    def once() -> Value:
+        with fsspec_errors(url):
+            return action()
+
+    return _told(url, lambda: persist(once, url, patience()))
+
+
+def check_parts(location: str) -> None:
+    """Raise DataError if parts of a file cannot be had without the rest."""
+    if is_url(location) and not attempt(location, lambda: serves_parts(location, patience().stall)):
+        raise DataError(f"{shown(location)}: its server does not serve parts of files: download it first")
+
+
+class _Remote(io.RawIOBase):
+    """A remote file of ``total`` bytes; ``io.BufferedReader`` reads it ahead."""
+
+    def __init__(self, location: str, total: int) -> None:
+        self._location, self._total, self._at = location, total, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._total}[whence]
+        self._at = max(base + offset, 0)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        length = min(len(buffer), max(self._total - self._at, 0))
+        if length:
+            buffer[:length] = read(self._location, self._at, length)
+        self._at += length
+        return length
 
 
 def _walk(folder: Path, root: Path, above: tuple[str, ...] = ()) -> Iterator[tuple[str, int]]:
@@ -149,30 +167,19 @@ def _walk(folder: Path, root: Path, above: tuple[str, ...] = ()) -> Iterator[tup
                 yield os.path.relpath(entry.path, root), entry.stat().st_size if entry.is_file() else 0
 
 
-def attempt(url: str, action: Callable[[], Value]) -> Value:
-    """The result of ``action``, tried again when the server fails.
-
-    Raises:
-        FileNotFoundError: the server says so.
-        DataError: it failed at every attempt.
-    """
-    for number in range(1, _ATTEMPTS + 1):
-        try:
-            return action()
-        except DataError:
-            raise
-        except Exception as error:  # each protocol's client raises its own
-            if _is_missing(error):
-                raise
-            if number == _ATTEMPTS:
-                raise DataError(f"{url} cannot be reached, after {_ATTEMPTS} attempts: {error!r}; "
-                                "run the same command again, it goes on where it was") from None  # fmt: skip
-            time.sleep(2 ** (number - 1))
-    raise AssertionError
+def _is_there(location: str, ask: Callable[[], object]) -> bool:
+    try:
+        attempt(location, ask)
+    except FileNotFoundError:
+        return False
+    return True
 
 
-def _is_missing(error: Exception) -> bool:
-    """Whether a file is not there; fsspec says so of a web server that is down or failing, too, but with the cause."""
-    cause = error.__cause__
-    down = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
-    return isinstance(error, FileNotFoundError) and not down and getattr(cause, "status", 404) < 500
+def _told(url: str, action: Callable[[], Value]) -> Value:
+    """The result of ``action``; what a server has not, or refuses, as an ``OSError``."""
+    try:
+        return action()
+    except Missing as error:
+        raise FileNotFoundError(errno.ENOENT, str(error), shown(url)) from None
+    except Refused as error:
+        raise PermissionError(errno.EACCES, str(error), shown(url)) from None

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from data_prep import pool
 from data_prep.convert import Conversion, Stored
-from data_prep.files import TEMPORARY
 from data_prep.journal import Bad
 from data_prep.shard_writer import Finished, ShardWriter
 from data_prep.sources import Item, read_item
-from data_prep.sources.tars import padded
+from data_prep.tar import padded
+from ummim.atomic import TEMPORARY
 
 _TRIAL = 64  # images that are converted to learn how many bytes the stored ones have
 

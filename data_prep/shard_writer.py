@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.convert import Stored
-from data_prep.files import atomic_write
+from ummim.atomic import atomic_write
 from ummim.data.shards import UNLABELLED, Shard, table_dtype
 
 _BUFFER = 2**20

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from data_prep.locations import attempt, basename, filesystem, is_url, join, local, read
+from data_prep.locations import attempt, read
+from ummim.data.remote import filesystem
 from ummim.data.shards import INDEX, JOURNAL, ShardIndex
+from ummim.data.urls import basename, is_url, is_web, join, local_path
 from ummim.errors import DataError
 
+_PROBE = ".ummim-probe"
 _UPLOADS = 4  # shards at a time
 
 Value = TypeVar("Value")
@@ -48,9 +51,21 @@ class Target:
 
     def remove(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)
+        self.withdraw(name)
+
+    def withdraw(self, name: str) -> None:
+        """Remove a file from the URL alone."""
         if self.url is not None:
             fs, root = filesystem(self.url)
             attempt(self.url, lambda: fs.rm_file(join(root, name)) if fs.exists(join(root, name)) else None)
+
+    def check_writable(self) -> None:
+        """Write an empty file and remove it. Raises OSError or DataError."""
+        if self.url is not None:
+            fs, root = filesystem(self.url)
+            path = join(root, _PROBE)
+            attempt(join(self.url, _PROBE), lambda: fs.pipe_file(path, b""))
+            attempt(join(self.url, _PROBE), lambda: fs.rm_file(path))
 
     def publish(self, name: str) -> None:
         """Upload a file that is finished, and check that all of it arrived; the local one goes.
@@ -114,12 +129,12 @@ def open_target(dst: str, staging: Path | None) -> Target:
     Raises:
         DataError: a URL that takes no files, or a staging folder for a ``dst`` that needs none.
     """
-    dst = local(dst)
+    dst = local_path(dst)
     if not is_url(dst):
         if staging is not None:
             raise DataError(f"--staging is for destinations that are URLs; {dst} is a folder")
         return Target(Path(dst), None)
-    if dst.startswith(("http://", "https://")):
+    if is_web(dst):
         raise DataError(f"{dst}: nothing can be written over http: give a folder, or an s3:// or gs:// URL")
     filesystem(dst)  # known, and its package installed
     return Target(staging or _default_staging(dst), dst.rstrip("/"))

@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from data_prep.expectation import Expectation, read_expectation
 from data_prep.fetched import local_file, local_index
-from data_prep.index import repeated
+from data_prep.keys import repeated
 from data_prep.pool import ordered
 from data_prep.scan import Rules, key_text, survey
 from data_prep.tar import Fault
 from ummim.data.images import open_image, reason, to_rgb
-from ummim.data.remote import Refused, is_url, join, local_path, shown
+from ummim.data.remote import Refused
 from ummim.data.shards import UNLABELLED, Shard
+from ummim.data.urls import is_url, join, local_path, shown
 from ummim.errors import DataError
 
 
@@ -69,7 +70,7 @@ def verify(location: str, workers: int, fast: bool = False, as_json: bool = Fals
     results: list[_Result] = []
     with local_index(place) as folder:
         expected = read_expectation(folder)
-        jobs, faults = _jobs(place, expected, fast)
+        jobs, faults = _jobs(expected.url or place, expected, fast)
         say = _silence if as_json else _print
         say(faults)
         for result in tqdm(ordered(_check, jobs, workers), "verify", len(jobs), unit=" shards", disable=None):
@@ -240,20 +241,21 @@ def _undecodable(data: bytes) -> str:
 
 def _twice(jobs: list[_Job], results: list[_Result]) -> list[Fault]:
     """Keys that are there twice, in one shard or in two: in the table as far as it is right, and beside it."""
-    parts, numbers = [], []
+    parts: list[np.ndarray] = []
+    numbers: list[int] = []  # of the parts' shards
     for number, (job, result) in enumerate(zip(jobs, results, strict=True)):
-        rows = job.rows if job.rows is None or result.lost is None else job.rows[~result.lost]
-        for part in (rows, result.extra):
-            if part is not None:
-                parts.append(part[["key", "offset"]])
-                numbers.append(np.full(len(part), number))
-    if not parts:
-        return []
-    table, shard = np.concatenate(parts), np.concatenate(numbers)
+        rows = job.rows
+        if rows is not None and result.lost is not None and result.lost.any():
+            rows = rows[~result.lost]
+        found = [part for part in (rows, result.extra) if part is not None]
+        parts += found
+        numbers += [number] * len(found)
     faults = []
-    for a, b in repeated(table["key"]):
-        where = f"{jobs[shard[a]].name} at byte {table['offset'][a]}"
-        faults.append(_fault(jobs[shard[b]].name, "key", f"the key is also in {where}: keys must be unique", table[b]))
+    for first, again in repeated([part["key"] for part in parts]):
+        earlier, later = parts[first[0]][first[1]], parts[again[0]][again[1]]
+        where = f"{jobs[numbers[first[0]]].name} at byte {earlier['offset']}"
+        reason = f"the key is also in {where}: keys must be unique"
+        faults.append(_fault(jobs[numbers[again[0]]].name, "key", reason, later))
     return faults
 
 

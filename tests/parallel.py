@@ -1,19 +1,22 @@
-"""Train real methods under many strategies in one process group; rank 0 prints a JSON line of losses per case.
+"""Train real methods under many strategies in one process group; rank 0 prints a JSON line of numbers per case.
 
 Arguments: a folder for the runs, and a JSON list of cases, each a list of a recipe file and ``key=value`` overrides.
+A line holds each step's ``losses`` and ``norms``. No checkpoint is written.
 """
 
 import json
 import sys
+import traceback
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ummim.data import Batch
-from ummim.engine import zero
+from ummim.engine import trainer, zero
 from ummim.engine.metrics import FILE
-from ummim.engine.trainer import train
 from ummim.masking import sample_seed
 from ummim.pretrain import Pretraining
 from ummim.recipe import Recipe
@@ -21,35 +24,68 @@ from ummim.recipe_file import load_recipe
 from ummim.run_plan import RunPlan
 
 
+class NoCheckpoints:
+    """In place of ``Saver``."""
+
+    pending = False
+
+    def __init__(self, *run: Any) -> None: ...
+
+    def save(self, *state: Any) -> None: ...
+
+    def advance(self, pending: int) -> None: ...
+
+    def wait(self) -> None: ...
+
+
 def batches(recipe: Recipe, plan: RunPlan, rank: int, done: int) -> Iterator[Batch]:
-    """Pictures of smooth noise, a pure function of (step, micro-batch, rank)."""
+    """Pictures of smooth noise, laid out over steps, micro-batches and ranks as the loader does it.
+
+    A sample and its mask are a pure function of its position, so that the same global batch can be cut otherwise.
+    """
     sampler, size = recipe.sampler(), recipe.data.image_size
-    for step in range(done, plan.stop_step):
-        for micro in range(plan.accumulation):
-            keys = [f"{step}-{micro}-{rank}-{i}" for i in range(plan.micro_batch)]
-            generator = torch.Generator().manual_seed(sample_seed(0, 0, keys[0]) >> 1)
-            small = torch.rand(plan.micro_batch, 3, 8, 8, generator=generator)
-            images = torch.nn.functional.interpolate(small, size, mode="bilinear").mul(255).byte()
-            masks = sampler.stack([sampler(sample_seed(0, 0, key)) for key in keys])
-            yield Batch(images, masks, torch.zeros(plan.micro_batch, dtype=torch.int64), keys)
+    for number in range(done * plan.accumulation, plan.stop_step * plan.accumulation):
+        start = (number * plan.world_size + rank) * plan.micro_batch
+        places = range(start, start + plan.micro_batch)
+        keys = [f"sample-{place}" for place in places]
+        masks = sampler.stack([sampler(sampler.seed(recipe.seed, 0, f"sample-{p}", p)) for p in places])
+        images = torch.stack([picture(place, size) for place in places])
+        yield Batch(images, masks, torch.zeros(plan.micro_batch, dtype=torch.int64), keys)
+
+
+@lru_cache(maxsize=1024)
+def picture(place: int, size: int) -> torch.Tensor:
+    """(3, size, size) uint8. Contrasts differ from sample to sample, and so do losses."""
+    generator = torch.Generator().manual_seed(sample_seed(0, 0, f"sample-{place}") >> 1)
+    small = torch.rand(1, 3, 8, 8, generator=generator) * torch.rand(1, generator=generator)
+    return torch.nn.functional.interpolate(small, size, mode="bilinear")[0].mul(255).byte()
+
+
+def run(recipe: Recipe, world: zero.World) -> dict[str, list[float]]:
+    """One case from its first step to its last; the numbers are rank 0's."""
+    plan = recipe.plan(world.size, samples=20 * recipe.global_batch)
+    torch.manual_seed(recipe.seed)
+    method = recipe.method.build(recipe.data.image_size, recipe.partial, recipe.throw_ratio > 0)
+    task = Pretraining(method)
+    trainer.train(task, recipe, plan, world, "digest", lambda done: batches(recipe, plan, world.rank, done))
+    if not world.is_main:
+        return {}
+    lines = [json.loads(line) for line in (Path(recipe.output) / FILE).read_text().splitlines()]
+    return {"losses": [line["loss"] for line in lines], "norms": [line["grad_norm"] for line in lines]}
 
 
 def main() -> None:
+    trainer.Saver = NoCheckpoints  # type: ignore[assignment, misc]
     world = zero.setup_distributed()
     for number, (file, *overrides) in enumerate(json.loads(sys.argv[2])):
-        output = Path(sys.argv[1]) / str(number)
-        recipe = load_recipe(file, [*overrides, f"output={output}"])
-        plan = recipe.plan(world.size, samples=10 * recipe.global_batch)
-        torch.manual_seed(recipe.seed)
-        method = recipe.method.build(recipe.data.image_size, recipe.partial, recipe.throw_ratio > 0)
-
-        def build(done: int, recipe: Recipe = recipe, plan: RunPlan = plan) -> Iterator[Batch]:
-            return batches(recipe, plan, world.rank, done)
-
-        train(Pretraining(method), recipe, plan, world, "digest", build)
+        recipe = load_recipe(file, [*overrides, f"output={sys.argv[1]}/{world.size}-{number}"])
+        try:
+            numbers = run(recipe, world)
+        except BaseException:
+            traceback.print_exc()
+            raise
         if world.is_main:
-            lines = [json.loads(line) for line in (output / FILE).read_text().splitlines()]
-            print(json.dumps([line["loss"] for line in lines]), flush=True)
+            print(json.dumps(numbers), flush=True)
     zero.shutdown()
 
 

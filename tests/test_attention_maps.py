@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,15 @@ from PIL import Image
 
 from data_prep.__main__ import main as data_prep
 from tests.conftest import ROOT, TINY_MAE
-from ummim.attention_maps import RowBatches, check_maps
-from ummim.data import Augment, ShardIndex, decode
+from ummim.attention_maps import RowBatches, check_maps, whole_images
+from ummim.data import Augment, DataConfig, ShardIndex, decode
+from ummim.data.cache import ShardCache
 from ummim.data.normalise import normalise
 from ummim.data.shards import ShardReader
+from ummim.engine.zero import World
 from ummim.errors import CheckpointError
 from ummim.interop.run import load_run
+from ummim.masking import MaskConfig, PlanSampler
 
 TINY_AMT = TINY_MAE.replace("name: mae", "name: amt\n  attention: {refresh_epochs: 1}")
 assert "amt" in TINY_AMT
@@ -191,12 +195,38 @@ def test_two_ranks_agree_with_one(
 
 @pytest.mark.parametrize(("rows", "batch", "ranks"), [(26, 4, 1), (26, 4, 3), (3, 8, 2), (16, 4, 4)])
 def test_ranks_take_every_row_once_in_order_and_equally_often(rows: int, batch: int, ranks: int) -> None:
-    count = len(RowBatches(rows, batch, 0, ranks))
-    dealt = [[RowBatches(rows, batch, rank, ranks)[i] for i in range(count)] for rank in range(ranks)]
+    first = np.array([0, rows])
+    count = len(RowBatches(first, batch, 0, ranks))
+    dealt = [[RowBatches(first, batch, rank, ranks)[i] for i in range(count)] for rank in range(ranks)]
     turns = [pick.row for turn in zip(*dealt, strict=True) for picks in turn for pick in picks]
     assert turns[:rows] == list(range(rows))
     assert set(turns[rows:]) <= {rows - 1}
     assert len(turns) - rows < batch * ranks
+
+
+def test_a_refresh_tells_the_shards_that_the_ranks_will_read() -> None:
+    first = np.array([0, 0, 4, 4, 10, 13])  # two shards are empty
+    batches = [RowBatches(first, 2, rank, 2) for rank in range(2)]
+    for number in range(len(batches[0]) + 1):
+        rows = [pick.row for n in range(number, len(batches[0])) for each in batches for pick in each[n]]
+        shards = (np.searchsorted(first, rows, "right") - 1).tolist()
+        assert list(batches[1].upcoming_shards(number)) == list(dict.fromkeys(shards))
+
+
+def test_a_refresh_fetches_shards_ahead(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process, no workers: while the first batch is held, the other shards come."""
+    monkeypatch.setattr("ummim.data.prefetch._PAUSE_SECONDS", 0.01)
+    cache = ShardCache(tmp_path / "cache", 10**9)
+    index = ShardIndex.open(shards, cache)
+    data = DataConfig(str(shards), workers=0, image_size=32, streams=1, window=1)
+    recipe: Any = SimpleNamespace(data=data, sampler=lambda: PlanSampler((4, 4), MaskConfig()), seed=0)
+    batches = iter(whole_images(index, recipe, 2, World(0, 0, 1, torch.device("cpu"))))
+    next(batches)
+    deadline = time.monotonic() + 20
+    while len(list((tmp_path / "cache" / "shards").glob("*.tar"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [cache.path(shard.sha256).exists() for shard in index.shards] == [True, True, False, False]
+    assert sum(len(batch.keys) for batch in batches) == 24
 
 
 def test_a_file_that_holds_no_maps_is_refused(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """``ummim``: recipes, show, export, reconstruct, from a run's folder."""
 
+import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY_MAE, TINY_UM_MAE
 from ummim.__main__ import main
-from ummim.engine.checkpoint import seal
+from ummim.engine.checkpoint import RunState, seal, write_rank_file
+from ummim.engine.checkpoint_shards import header, rank_file
 from ummim.interop.run import load_run
 from ummim.recipe_file import dump_recipe, load_recipe, packaged_recipes
 
@@ -155,6 +159,31 @@ def test_damaged_newest_checkpoint_is_passed_over(run: Path, tmp_path: Path, cap
     assert load_run(run)[2].name == "step-5"
     (run / "checkpoints" / "step-5" / "model.safetensors").unlink()
     assert load_run(run)[2].name == "step-3"
+
+
+def test_weights_are_read_from_the_ranks_files_where_there_is_no_other(run: Path, tmp_path: Path):
+    """As in all checkpoints but milestones: here of three ranks, each with a third of every parameter."""
+    step = run / "checkpoints" / "step-3"
+    _, before, _ = load_run(run)
+    (step / "model.safetensors").unlink()
+    parameters = {f"method.{name}": p.detach().view(-1) for name, p in before.named_parameters() if p.requires_grad}
+    others = {f"method.{name}": value for name, value in before.state_dict().items()}
+    shapes = {name: list(others.pop(name).shape) for name in parameters}
+    for rank in range(3):
+        pieces = {name: flat.tensor_split(3)[rank] for name, flat in parameters.items()}
+        starts = {name: sum(len(part) for part in flat.tensor_split(3)[:rank]) for name, flat in parameters.items()}
+        tensors = {f"master/{name}@{starts[name]}": piece.clone() for name, piece in pieces.items() if len(piece)}
+        tables: dict[str, dict[str, Any]] = {}
+        if rank == 0:
+            tensors.update({f"buffer/{name}": value for name, value in others.items()})
+            tables = {"shapes": shapes, "aliases": {}}
+        write_rank_file(step / rank_file(rank, 3), tensors, header(3, rank, 3, "layout", **tables))
+    known = {field.name: 0 for field in fields(RunState)}
+    (step / "state.json").write_text(json.dumps({**known, "step": 3, "layout": "layout"}))
+    (step / "manifest.json").unlink()
+    seal(step)
+    after = load_run(run)[1].state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.state_dict().items())
 
 
 def test_moved_step_folder_is_enough(run: Path, tmp_path: Path):

@@ -16,9 +16,10 @@ from tests.conftest import TINY_MAE
 from tests.data.pictures import write_tree
 from ummim.__main__ import main
 from ummim.data import Batch, ShardIndex, build_loader
+from ummim.data.batch import PARTS
 from ummim.errors import UserError
 from ummim.recipe_file import dump_recipe, load_recipe
-from ummim.replay import PARTS, replay
+from ummim.replay import replay
 
 RECIPE = TINY_MAE.replace("SHARDS", "gone") + "throw_ratio: 0.5\nseed: 3\n"
 

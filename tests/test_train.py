@@ -222,7 +222,6 @@ def test_a_teacher_that_does_not_exist_is_told_once_on_two_ranks(shards: Path, t
         ("method.decoder.depth=2", "another model"),
         ("throw_ratio=0", "another model"),  # the aggregation is part of the model
         ("global_batch=4", "set global_batch=8"),
-        ("zero_stage=1", "set zero_stage=2"),
     ],
 )
 def test_changed_recipe_in_the_same_folder_is_refused(change: str, part: str, undisturbed: Path):

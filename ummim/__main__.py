@@ -1,11 +1,12 @@
-"""Command line: ``ummim recipes``, ``show``, ``cost``, ``export``, ``reconstruct``, ``replay``."""
+"""Command line: ``ummim recipes``, ``show``, ``cost``, ``capacity``, ``export``, ``reconstruct``, ``replay``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ummim.errors import run_main
+from ummim.capacity.options import add_options as add_capacity_options
+from ummim.errors import UserError, run_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +36,10 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--json", action="store_true", help="one JSON object; docs/cost.md explains its keys")
     cost.set_defaults(run=_cost)
 
+    capacity = commands.add_parser("capacity", help="whether a recipe fits a cluster, its time, price and checkpoints")
+    add_capacity_options(capacity)
+    capacity.set_defaults(run=_capacity)
+
     export = commands.add_parser("export", help="write a checkpoint's weights for other programs")
     export.add_argument("checkpoint", type=Path, help="a run's folder, or one of its checkpoints/step-N")
     export.add_argument("out", type=Path, help="the file to write")
@@ -58,12 +63,16 @@ def _parser() -> argparse.ArgumentParser:
     reconstruct.set_defaults(run=_reconstruct)
 
     replay = commands.add_parser("replay", help="read a step's batch again: its sample keys, crops and masks")
-    replay.add_argument("folder", type=Path, metavar="RUN", help="a run's folder")
-    replay.add_argument("--step", type=int, required=True, metavar="N", help="as in metrics.jsonl; the first is 1")
+    replay.add_argument("folder", type=Path, metavar="RUN", help="a run's folder, or a step-N of its bad_steps")
+    replay.add_argument("--step", type=int, metavar="N", help="as in metrics.jsonl; the first is 1")
     replay.add_argument("--out", type=Path, metavar="PNG", help="draw the crops and their masks")
     replay.add_argument("--save", type=Path, metavar="FILE.safetensors", help="write images, masks, labels and keys")
     replay.add_argument("--shards", metavar="FOLDER", help="where the run's shards are now, if they have moved")
     replay.set_defaults(run=_replay)
+
+    from ummim.cluster.commands import add_commands
+
+    add_commands(commands)
     return parser
 
 
@@ -92,6 +101,12 @@ def _cost(options: argparse.Namespace) -> None:
     print(json.dumps(values, indent=2) if options.json else table(values))
 
 
+def _capacity(options: argparse.Namespace) -> None:
+    from ummim.capacity.options import run
+
+    print(run(options))
+
+
 def _export(options: argparse.Namespace) -> None:
     from ummim.interop.export import export
     from ummim.interop.run import load_run
@@ -116,7 +131,14 @@ def _reconstruct(options: argparse.Namespace) -> None:
 
 def _replay(options: argparse.Namespace) -> None:
     from ummim.replay import replay
+    from ummim.rerun import is_bundle, rerun
 
+    if is_bundle(options.folder):
+        for line in rerun(options.folder):
+            print(line)
+        return
+    if options.step is None:
+        raise UserError(f"{options.folder}: is no bad step's folder, and of a run's --step N tells which to replay")
     found = replay(options.folder, options.step, options.shards)
     for line in found.lines():
         print(line)

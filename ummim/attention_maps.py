@@ -24,6 +24,7 @@ from ummim.data.attention import AttentionMaps
 from ummim.data.faults import Fault
 from ummim.data.normalise import normalise
 from ummim.data.order import Pick
+from ummim.data.prefetch import Prefetcher
 from ummim.data.samples import Samples
 from ummim.engine.data_faults import describe
 from ummim.engine.faults import on_main, raise_together
@@ -81,8 +82,8 @@ def attention_batches(
 def check_maps(path: Path, shape: tuple[int, ...]) -> None:
     """Raise CheckpointError unless ``path`` holds maps of this shape."""
     try:
-        maps = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        maps = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # a damaged header makes numpy raise anything
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise CheckpointError(
             f"{path}: {reason}: the masks of these epochs are drawn from it. Restore the file (if the checkpoint is "
@@ -103,9 +104,7 @@ def refresh(method: AMT, index: ShardIndex, recipe: Recipe, batch: int, world: W
     they have computed. The file appears when it is whole; one that was there is replaced.
     """
     began = time.monotonic()
-    samples = Samples(index, recipe.data, recipe.sampler(), recipe.seed, view="whole")
-    rows = RowBatches(len(index), batch, world.rank, world.size)
-    loader = Loader(samples, rows, recipe.data.workers, recipe.data.worker_restarts)
+    loader = whole_images(index, recipe, batch, world)
     loader.pin_memory = world.device.type == "cuda"
     unfinished = path.with_name(f".{path.name}.partial")
     on_main(lambda: _reserve(unfinished, (len(index), *method.grid)), world)
@@ -131,6 +130,15 @@ def refresh(method: AMT, index: ShardIndex, recipe: Recipe, batch: int, world: W
         log.warning("%s: attention maps of %d images, in %.0f s", path, len(index), time.monotonic() - began)
 
 
+def whole_images(index: ShardIndex, recipe: Recipe, batch: int, world: World) -> Loader:
+    """This rank's part of all images, whole, in the order of the table; shards behind a URL are fetched ahead."""
+    samples = Samples(index, recipe.data, recipe.sampler(), recipe.seed, view="whole")
+    rows = RowBatches(index.first, batch, world.rank, world.size)
+    ahead = 2 * recipe.data.streams * recipe.data.window  # as in training: the cache has room for them
+    prefetcher = partial(Prefetcher, index, rows.upcoming_shards, ahead)
+    return Loader(samples, rows, recipe.data.workers, recipe.data.worker_restarts, prefetcher=prefetcher)
+
+
 def _check_faults(mine: set[Fault], rows: int, recipe: Recipe, world: World) -> None:
     """Tell of the images that could not be read: their maps are of others. Raise DataError if they are too many."""
     everywhere: list[set[Fault]] = [set()] * world.size
@@ -146,10 +154,17 @@ def _check_faults(mine: set[Fault], rows: int, recipe: Recipe, world: World) -> 
 
 
 class RowBatches:
-    """The rows of a table, batch by batch and rank after rank; the last row again until all ranks have as many."""
+    """The rows of a table, batch by batch and rank after rank; the last row again until all ranks have as many.
 
-    def __init__(self, rows: int, batch: int, rank: int, world_size: int) -> None:
-        self.rows, self.batch, self.rank, self.world_size = rows, batch, rank, world_size
+    Args:
+        first: (shards + 1,) the row of each shard's first sample, and the sample count, as in ``ShardIndex``.
+        batch: rows of a rank's batch.
+        rank, world_size: this process among all.
+    """
+
+    def __init__(self, first: np.ndarray, batch: int, rank: int, world_size: int) -> None:
+        self.first, self.rows = first, int(first[-1])
+        self.batch, self.rank, self.world_size = batch, rank, world_size
 
     def __len__(self) -> int:
         return ceil(self.rows / (self.batch * self.world_size))
@@ -159,6 +174,12 @@ class RowBatches:
             raise IndexError(number)
         first = (number * self.world_size + self.rank) * self.batch
         return [Pick(0, min(row, self.rows - 1), 0) for row in range(first, first + self.batch)]
+
+    def upcoming_shards(self, number: int = 0) -> Iterator[int]:
+        """Numbers of the shards that all ranks read from batch ``number`` on, in order. Safe in a thread."""
+        row = min(number * self.world_size * self.batch, self.rows)
+        start = int(np.searchsorted(self.first, row, "right")) - 1
+        yield from (shard for shard in range(start, len(self.first) - 1) if self.first[shard] < self.first[shard + 1])
 
 
 def _reserve(path: Path, shape: tuple[int, ...]) -> None:

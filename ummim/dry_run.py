@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ummim.capacity import GIB, zero_state_bytes
+from ummim.capacity.states import state_bytes
+from ummim.capacity.strategy import GIB, STAGES, Shapes, strategy_of
 from ummim.data import ShardIndex
 from ummim.data.faults import SourceDown
-from ummim.data.remote import is_url, local_path
+from ummim.data.urls import is_url, local_path
 from ummim.engine.zero import deepspeed_config
 from ummim.masking import AttentionSampler
 from ummim.methods.api import Method
@@ -39,7 +40,7 @@ def dry_run(recipe: Recipe, world_size: int) -> str:
         *_file_rows(recipe),
         *_model_rows(recipe, method),
         *_schedule_rows(recipe, plan),
-        *_memory_rows(recipe, sum(p.numel() for p in method.parameters()), world_size),
+        *_memory_rows(recipe, plan, method),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
@@ -111,14 +112,16 @@ def _schedule_rows(recipe: Recipe, plan: RunPlan) -> list[tuple[str, str]]:
     return [("batch", batch), ("steps", steps), ("learning rate", rate), ("optimizer", optimizer)]
 
 
-def _memory_rows(recipe: Recipe, parameters: int, world_size: int) -> list[tuple[str, str]]:
+def _memory_rows(recipe: Recipe, plan: RunPlan, method: Method) -> list[tuple[str, str]]:
+    shapes = Shapes.of(method)
     rows = [("precision", f"{recipe.precision}, activation checkpointing: {recipe.activation_checkpointing}")]
-    for stage in range(4):
-        state = zero_state_bytes(parameters, stage, recipe.precision, world_size)
+    for stage in STAGES:
+        state = state_bytes(shapes, strategy_of(recipe, plan, stage), plan.world_size)
         mine = "   <- this recipe" if stage == recipe.zero_stage else ""
         text = (
-            f"{state.total / GIB:.2f} GiB of states per rank (weights {state.parameters / GIB:.2f}, gradients "
-            f"{state.gradients / GIB:.2f}, optimizer {state.optimizer / GIB:.2f}), without activations{mine}"
+            f"{state.total / GIB:.2f} GiB of states per rank (weights {state.weights / GIB:.2f}, gradients "
+            f"{state.gradients / GIB:.2f}, optimizer {state.optimizer / GIB:.2f}, tables {state.buffers / GIB:.2f}), "
+            f"without activations{mine}"
         )
         rows.append((f"ZeRO-{stage}", text))
     return rows

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Literal
 
 from ummim.data.config import DataConfig
+from ummim.engine.bad_steps import BadStepConfig
 from ummim.engine.optim import OptimConfig
 from ummim.errors import RecipeError
 from ummim.masking import MaskConfig, PlanSampler
@@ -58,9 +59,14 @@ class Recipe:
         partial: how thrown tokens are reconstructed.
         mask: how tokens are masked.
         optim: optimizer and schedule.
+        bad_steps: what becomes of optimizer steps whose loss or gradient cannot be used.
         log_every: optimizer steps between lines of metrics.
         checkpoint_every: optimizer steps between checkpoints; one is always written at the end.
+        checkpoint_async: write checkpoints while training goes on, from a copy of the state in host memory.
         keep_checkpoints: how many of the newest checkpoints stay; 0 keeps all.
+        hang_seconds: how long a rank may spend in one phase of a step, such as its forward pass, before it counts as
+            hung and the run ends; longer where a phase takes long on the average. 0 switches the watchdog off.
+        milestone_every: epochs between checkpoints that always stay, with all weights in one file; 0: none.
         figure_every: epochs between reconstruction figures; 0 draws none.
         figure_images: images in a figure.
         tensorboard: write TensorBoard events.
@@ -90,9 +96,13 @@ class Recipe:
     partial: PartialConfig = field(default_factory=PartialConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    bad_steps: BadStepConfig = field(default_factory=BadStepConfig)
     log_every: int = 20
     checkpoint_every: int = 1000
+    checkpoint_async: bool = True
     keep_checkpoints: int = 3
+    milestone_every: int = 100
+    hang_seconds: float = 45
     figure_every: int = 1
     figure_images: int = 8
     tensorboard: bool = True
@@ -113,9 +123,11 @@ class Recipe:
             raise RecipeError("must be between 0 and 2**63 - 1", key="seed")
         if self.max_steps is not None and self.max_steps < 1:
             raise RecipeError("must be at least 1", key="max_steps")
-        for key in ("figure_every", "keep_checkpoints"):
+        for key in ("figure_every", "keep_checkpoints", "milestone_every"):
             if getattr(self, key) < 0:
                 raise RecipeError("must not be negative", key=key)
+        if not (self.hang_seconds == 0 or 1 <= self.hang_seconds < float("inf")):
+            raise RecipeError("must be at least 1, or 0 for no watchdog", "hang_seconds")
         if self.compile and self.zero_stage == 3:
             raise RecipeError(
                 "ZeRO-3 gathers weights between the operations of a graph; use zero_stage 0 to 2", "compile"
@@ -125,6 +137,11 @@ class Recipe:
                 "this method's shapes follow the mask, so each step would be compiled anew; set it to false", "compile"
             )
         self._check_optim()
+        for key, fits in (("budget", self.bad_steps.budget >= 0), ("margin", self.bad_steps.margin >= 0)):
+            if not fits:
+                raise RecipeError("must not be negative", key=f"bad_steps.{key}")
+        if self.bad_steps.spike and self.bad_steps.spike <= 1:
+            raise RecipeError("is a multiple of the recent mean: above 1, or 0 for none", "bad_steps.spike")
         self.data.validate()
         if not 0 < self.mask.ratio < 1:
             raise RecipeError("is a share of the tokens: choose a value between 0 and 1, such as 0.75", "mask.ratio")

@@ -7,7 +7,6 @@ run's machines are needed. Samples that the run could not read, and replaced, ar
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil, sqrt
@@ -16,12 +15,12 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ummim.attention_maps import FOLDER, check_maps
 from ummim.data import Batch, Loader, ShardIndex
 from ummim.data.attention import AttentionMaps
+from ummim.data.batch import PARTS
 from ummim.data.order import MicroBatches, Pick
 from ummim.data.samples import Samples
 from ummim.errors import DataError, UserError
@@ -31,7 +30,6 @@ from ummim.recipe_file import load_recipe
 from ummim.run_plan import RunPlan
 from ummim.visualize import KEPT, SECONDARY, THROWN, VISIBLE, save_figure
 
-PARTS = ("visible", "secondary", "kept", "thrown")  # of a plan
 SHEET = 4096  # most pixels from left to right of the contact sheet
 _GAP, _HEAD = 2, 24  # pixels between its cells, and above them
 
@@ -89,24 +87,21 @@ class Replay:
         """Write the batch as safetensors: images (B, 3, S, S) uint8, labels (B,), and the plan's visible, secondary,
         kept and thrown; keys and the step's place in the run are in the file's metadata."""
         plans = [batch.plan for batch in self.batches]
-        tensors = {part: torch.cat([getattr(plan, part) for plan in plans]) for part in PARTS}
-        tensors["images"] = torch.cat([batch.images for batch in self.batches])
-        tensors["labels"] = torch.cat([batch.labels for batch in self.batches])
+        parts: dict[str, Any] = {part: torch.cat([getattr(plan, part) for plan in plans]) for part in PARTS}
+        joined = Batch(
+            torch.cat([batch.images for batch in self.batches]),
+            replace(plans[0], shared=None, **parts),
+            torch.cat([batch.labels for batch in self.batches]),
+            [key for batch in self.batches for key in batch.keys],
+        )
         told: dict[str, Any] = {
             "step": self.step,
             "epoch": self.epoch,
             "seed": self.recipe.seed,
             "shard_digest": self.index_digest,
             "digest": self.digest(),
-            "grid": plans[0].grid,
-            "keys": [key for batch in self.batches for key in batch.keys],
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        save_file(tensors, partial, {name: json.dumps(value) for name, value in told.items()})
-        shutil.copymode(path.parent, partial)  # safetensors makes its files private
-        partial.chmod(partial.stat().st_mode & 0o666)
-        partial.replace(path)
+        joined.save(path, told)
 
     def draw(self, path: Path) -> None:
         """Write a contact sheet: the crops in order, masked tokens tinted by what the plan makes of them."""

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.locations import basename, exists, glob, is_folder, join, local, open_seekable, parent, walk
+from data_prep.locations import check_parts, exists, glob, is_folder, open_seekable, walk
 from data_prep.locations import read as read_file
 from data_prep.sources import idx, imagenet, manifest, parquet, shards
 from data_prep.sources.folder import SUFFIXES, folder_source, is_image
 from data_prep.sources.item import Item, Source, make_key, subset
-from data_prep.sources.tars import members
+from data_prep.tar import sound_members
 from ummim.data.shards import INDEX
+from ummim.data.urls import basename, join, local_path, parent
 from ummim.errors import DataError
 
 __all__ = ["Item", "Reading", "Source", "make_key", "open_source", "read_item", "subset"]
@@ -42,7 +43,7 @@ def open_source(src: str | Path, reading: Reading | None = None, workers: int = 
         DataError: ``src`` is missing, holds no images, or holds several kinds of them.
     """
     reading = reading or Reading()
-    src = local(str(src))
+    src = local_path(str(src))
     if not is_folder(src) and any(mark in src for mark in "*?[") and not exists(src):
         files = [(path, basename(path)) for path in glob(src)]
         if not files:
@@ -95,14 +96,14 @@ def _folder(src: str, reading: Reading, workers: int) -> Source:
                         "or a pattern such as '.../*.tar' as SRC")  # fmt: skip
     if tars or tables:
         return _files(src, [(join(src, name), name) for name in tars or tables], reading, workers)
+    total = len(files)
+    del files  # folder_source empties ``images`` as it goes
     if images:
         return folder_source(src, images, reading.unlabelled)
     lists = [name for name in top if name.endswith(manifest.SUFFIXES)]
     if lists:
         raise DataError(f"{src} holds no images, but {lists[0]}: give it as SRC to build from its list")
-    found = (
-        f"its {len(files)} files are none of {', '.join(sorted(SUFFIXES))}, .tar, .parquet" if files else "it is empty"
-    )
+    found = f"its {total} files are none of {', '.join(sorted(SUFFIXES))}, .tar, .parquet" if total else "it is empty"
     raise DataError(f"{src} holds no images: {found}")
 
 
@@ -127,9 +128,10 @@ def _files(src: str, files: list[tuple[str, str]], reading: Reading, workers: in
 
 
 def _tars(src: str, paths: list[str], reading: Reading, workers: int) -> Source:
+    check_parts(paths[0])
     for path in paths[:_IMAGENET_TARS]:
         with open_seekable(path) as file:
-            first = next(members(file, path), None)
+            first = next(sound_members(file, path), None)
         special = first is not None and (first.name.endswith(".tar") or imagenet.VALIDATION.fullmatch(first.name))
         if special and len(paths) > 1:
             raise DataError(f"{src} holds ImageNet's tars ({', '.join(map(basename, paths))}): give one of them as SRC")

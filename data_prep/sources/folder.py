@@ -2,9 +2,9 @@
 
 from pathlib import PurePath
 
-from data_prep.locations import join
 from data_prep.sources.item import Item, Source, check_classes, make_key
 from ummim.data.shards import UNLABELLED
+from ummim.data.urls import join
 from ummim.errors import DataError
 
 SUFFIXES = frozenset(
@@ -35,6 +35,8 @@ def is_image(name: str) -> bool:
 def folder_source(src: str, images: list[tuple[str, int]], unlabelled: bool) -> Source:
     """The ``images`` (path below ``src``, bytes); the first folder of a path is its class.
 
+    The list of ``images`` is emptied, so that millions of them are not in memory twice.
+
     Raises:
         DataError: some lie in folders and some do not, or the name of a class cannot be listed.
     """
@@ -54,7 +56,10 @@ def folder_source(src: str, images: list[tuple[str, int]], unlabelled: bool) -> 
 def _items(src: str, images: list[tuple[str, int]], classes: list[str] | None) -> list[Item]:
     label = {name: i for i, name in enumerate(classes or [])}
     used: set[str] = set()
-    return [
-        Item(make_key(name, used), join(src, name), label[name.split("/", 1)[0]] if classes else UNLABELLED, size)
-        for name, size in images
-    ]
+    items = []
+    images.reverse()
+    while images:
+        name, size = images.pop()
+        own = label[name.split("/", 1)[0]] if classes else UNLABELLED
+        items.append(Item(make_key(name, used), join(src, name), own, size))
+    return items

@@ -10,9 +10,10 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from data_prep.locations import basename, exists, join, parent, read
+from data_prep.locations import exists, read
 from data_prep.sources.item import Item, Source, make_key
 from ummim.data.shards import UNLABELLED
+from ummim.data.urls import basename, beside
 from ummim.errors import DataError
 
 IDX_IMAGES = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
@@ -75,5 +76,5 @@ def _images(path: str) -> np.ndarray:
 def _labels_beside(images: str) -> str | None:
     """The label file of ``train-images-idx3-ubyte`` and the like, gzipped or not, if it is there."""
     name = basename(images).removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-    paths = (join(parent(images), name), join(parent(images), f"{name}.gz"))
+    paths = (beside(images, name), beside(images, f"{name}.gz"))
     return next((path for path in paths if exists(path)), None)

@@ -4,12 +4,14 @@ import io
 import re
 import tarfile
 from functools import partial
+from operator import attrgetter
 
-from data_prep.locations import basename, exists, glob, is_folder, join, open_seekable, parent, read
+from data_prep.locations import exists, glob, is_folder, open_seekable, read
 from data_prep.pool import ordered
 from data_prep.sources.item import Item, Source, check_classes, make_key
-from data_prep.sources.tars import Member, members
+from data_prep.tar import Member, sound_members
 from ummim.data.shards import UNLABELLED
+from ummim.data.urls import basename, join, parent
 from ummim.errors import DataError
 
 VALIDATION = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG")
@@ -25,7 +27,7 @@ def train_source(path: str, unlabelled: bool, workers: int) -> Source:
         DataError: a tar that is cut short or damaged, or that holds something else beside the tars.
     """
     with open_seekable(path) as file:
-        tars = sorted(members(file, path))
+        tars = sorted(sound_members(file, path), key=attrgetter("name"))
     stray = next((tar.name for tar in tars if not tar.name.endswith(".tar")), None)
     if stray is not None:
         raise DataError(f"{path} holds tars and other files beside them ({stray}): it is not as ImageNet has it")
@@ -33,7 +35,7 @@ def train_source(path: str, unlabelled: bool, workers: int) -> Source:
     items: list[Item] = []
     used: set[str] = set()
     for label, found in enumerate(ordered(partial(_inside, path), tars, workers)):
-        for member in sorted(found):
+        for member in sorted(found, key=attrgetter("name")):
             key = make_key(f"{classes[label]}/{member.name}", used)
             items.append(Item(key, path, UNLABELLED if unlabelled else label, member.size, member.offset, "range"))
     return Source(items, None if unlabelled else check_classes(path, classes))
@@ -46,7 +48,7 @@ def validation_source(path: str, devkit: str | None, unlabelled: bool) -> Source
         DataError: a tar that is cut short or damaged, or a devkit that is missing or does not fit.
     """
     with open_seekable(path) as file:
-        images = list(members(file, path))
+        images = list(sound_members(file, path))
     numbers = [VALIDATION.fullmatch(image.name) for image in images]
     stray = next((image.name for image, match in zip(images, numbers, strict=True) if match is None), None)
     if stray is not None:
@@ -75,11 +77,11 @@ def _item(path: str, key: str, label: int, member: Member) -> Item:
 
 def _inside(path: str, tar: Member) -> list[Member]:
     with open_seekable(path) as file:
-        return list(members(file, f"{path}: {tar.name}", tar.offset, tar.size))
+        return list(sound_members(file, f"{path}: {tar.name}", tar.offset, tar.size))
 
 
 def _devkit_beside(path: str) -> str:
-    found = glob(join(parent(path), "ILSVRC2012_devkit*"))
+    found = glob(f"{parent(path)}/ILSVRC2012_devkit*")
     if not found:
         raise DataError(
             f"{path} has no labels, they are in the devkit: put ILSVRC2012_devkit_t12.tar.gz beside it, name it with "

@@ -6,9 +6,10 @@ import json
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 
-from data_prep.locations import exists, is_url, join, local, parent, read, size
+from data_prep.locations import exists, read, size
 from data_prep.sources.item import Item, Source, check_classes, make_key, number_labels
 from ummim.data.shards import UNLABELLED
+from ummim.data.urls import is_url, join, local_path, parent
 from ummim.errors import DataError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
@@ -27,7 +28,7 @@ def manifest_source(path: str, root: str | None, unlabelled: bool) -> Source:
         DataError: a manifest that cannot be read, a column that is missing, a path out of ``root`` or one that
             comes twice, or labels that are missing or contradict each other; with the line.
     """
-    root = local(root or parent(path))
+    root = local_path(root or parent(path))
     if not exists(root):
         raise DataError(f"--root {root} does not exist")
     rows = list(_rows(path))
@@ -108,7 +109,7 @@ def _column(path: str, rows: Sequence[tuple[int, Row]], column: str) -> list[str
 
 def _locate(value: str, root: str, where: str) -> tuple[str, str]:
     """(location, name for the key) of an image; a path has to lie below ``root``."""
-    value = local(value)
+    value = local_path(value)
     if is_url(value):
         return value, value.partition("://")[2].strip("/")
     base = posixpath.normpath(root) if not is_url(root) else root.rstrip("/")

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from data_prep.locations import basename, open_seekable, size
+from data_prep.locations import open_seekable, size
 from data_prep.sources.item import Item, Source, check_classes, make_key, number_labels
 from ummim.data.shards import UNLABELLED
+from ummim.data.urls import basename
 from ummim.errors import DataError
 
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "content")

@@ -4,12 +4,13 @@ import re
 from functools import partial
 from pathlib import Path
 
-from data_prep.locations import is_url, join, open_seekable, parent, read
+from data_prep.locations import open_seekable, read
 from data_prep.pool import ordered
 from data_prep.scan import IMAGES
 from data_prep.sources.item import Item, Source, check_classes, unlabel
-from data_prep.sources.tars import Member, members
+from data_prep.tar import Member, sound_members
 from ummim.data.shards import CLASSES, UNLABELLED, ShardIndex
+from ummim.data.urls import beside, is_url
 from ummim.errors import DataError
 
 
@@ -20,7 +21,7 @@ def indexed_source(folder: str, unlabelled: bool) -> Source:
         DataError: the index cannot be opened.
     """
     index = ShardIndex.open(folder if is_url(folder) else Path(folder))
-    paths = [join(folder, shard.name) for shard in index.shards]
+    paths = [index.location(number) for number in range(len(index.shards))]
     table = index.table
     rows = zip(*(table[field].tolist() for field in ("key", "shard", "label", "length", "offset")), strict=True)
     items = [
@@ -53,7 +54,7 @@ def tar_source(paths: list[str], unlabelled: bool, workers: int) -> Source:
     if bare:
         raise DataError(f"{bare[0].name}: no label, though others have one ({len(bare):,} such samples): "
                         "complete them, or take all without labels: --unlabelled")  # fmt: skip
-    classes = _classes(parent(paths[0]))
+    classes = _classes(beside(paths[0], CLASSES))
     if classes is not None and highest >= len(classes):
         worst = max(items, key=lambda item: item.label)
         raise DataError(f"{worst.name}: label {highest}, but {CLASSES} names {len(classes)} classes: complete it")
@@ -66,7 +67,7 @@ def _samples(path: str, labels: bool) -> list[Item]:
     key = ""
     found: dict[str, Member] = {}  # members, by extension, of the sample that is being read
     with open_seekable(path) as file:
-        for member in members(file, path):
+        for member in sound_members(file, path):
             folder, slash, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
             if re.fullmatch(r"__.*__", stem):
@@ -101,8 +102,7 @@ def _checked(key: str, path: str) -> str:
     return key.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _classes(folder: str) -> list[str] | None:
-    path = join(folder, CLASSES)
+def _classes(path: str) -> list[str] | None:
     try:
         return check_classes(path, read(path).decode().splitlines())
     except FileNotFoundError:

@@ -71,7 +71,7 @@ def test_an_undecodable_image_is_replaced_and_reported(folder: Path) -> None:
     assert torch.equal(batch.labels, expected.labels)
     assert batch.keys == expected.keys
     offset = int(index.table["offset"][9])
-    reason = "the image cannot be decoded: not an image that Pillow knows"
+    reason = "the image cannot be decoded: not an image of a format that is read"
     assert batch.faults == (Fault(2, 9, path.name, index.key(9), offset, reason, 0, index.key(instead)),)
     assert expected.faults == ()
 

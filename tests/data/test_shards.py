@@ -1,6 +1,8 @@
+import io
 import json
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +76,65 @@ def test_broken_parts_are_named_with_a_remedy(folder: Path) -> None:
     assert "python -m data_prep index" in refused(folder)
     (folder / "index.npy").write_bytes(b"\x93NUMPY")
     assert "missing or broken" in refused(folder)
+
+
+def compressed(table: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, table)
+    return file.getvalue()
+
+
+def saved(table: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, table, allow_pickle=True)
+    return file.getvalue()
+
+
+def renamed(table: np.ndarray) -> np.ndarray:
+    kinds = [(f"{name}s", table.dtype[name]) for name in table.dtype.names or ()]
+    return table.astype(np.dtype(kinds))
+
+
+def retyped(table: np.ndarray, **kinds: str) -> np.ndarray:
+    return table.astype(np.dtype([(name, kinds.get(name, table.dtype[name])) for name in table.dtype.names or ()]))
+
+
+BROKEN: dict[str, Callable[[np.ndarray], bytes]] = {
+    "zip": compressed,
+    "cut zip": lambda table: compressed(table)[:50],
+    "pickle": lambda table: pickle.dumps(table.tolist()),
+    "objects": lambda table: saved(table.astype(object)),
+    "other fields": lambda table: saved(renamed(table)),
+    "text keys": lambda table: saved(retyped(table, key="<U30")),
+    "float offsets": lambda table: saved(retyped(table, offset="<f8")),
+    "big-endian labels": lambda table: saved(retyped(table, label=">i4")),
+    "no fields": lambda table: saved(np.zeros(len(table))),
+    "two dimensions": lambda table: saved(table[None]),
+    "scalar": lambda table: saved(np.array(3)),
+    "header of rubbish": lambda table: saved(table)[:20] + b"(((((" + saved(table)[25:],
+    "huge shape": lambda table: saved(table).replace(b"(26,)", b"(9999999999999999,)"),
+    "negative shape": lambda table: saved(table).replace(b"(26,)", b"(-6,)"),
+    "header only": lambda table: saved(table)[:8],
+    "cut": lambda table: saved(table)[:-1],
+    "text": lambda table: b"a table, as it were",
+    "nothing": lambda table: b"",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_table_of_any_other_kind_is_one_message(folder: Path, kind: str) -> None:
+    path = folder / "index.npy"
+    path.write_bytes(BROKEN[kind](np.load(path)))
+    message = refused(folder)
+    assert str(path) in message
+    assert f"again: python -m data_prep index {folder}" in message
+    assert "\n" not in message
+
+
+def test_a_folder_in_the_place_of_the_table_is_one_message(folder: Path) -> None:
+    (folder / "index.npy").unlink()
+    (folder / "index.npy").mkdir()
+    assert "Is a directory" in refused(folder)
 
 
 def test_check_finds_missing_and_resized_shards(folder: Path) -> None:

@@ -131,7 +131,7 @@ def test_every_truncation_is_found() -> None:
 
 
 def test_formats_that_are_read_by_other_programs_are_refused() -> None:
-    with pytest.raises(ValueError, match="EPS files are not taken"):
+    with pytest.raises(ValueError, match="not an image of a format that is read"):
         Conversion()(encode(picture(), "EPS"))
 
 

@@ -103,13 +103,15 @@ def test_the_summary_counts_classes_sizes_and_kinds(zoo: Path, tmp_path: Path, c
     found = summary(tmp_path / "dst")
     assert found["classes"] == {"ant": 3, "bee": 3, "cat": 6, "dog": 2}
     assert found["kinds"] == {"JPEG RGB": 11, "JPEG CMYK": 1, "JPEG L": 1, "PNG RGBA": 1}
-    assert found["quarantined"] == {"not an image that Pillow knows": 1}
+    assert found["quarantined"] == {"not an image of a format that is read": 1}
     assert (found["width"]["0%"], found["width"]["100%"]) == (40, 48)
     assert found["samples"] == len(ShardIndex.open(tmp_path / "dst")) == 14
     output = capsys.readouterr().out
     assert "4 classes; images of a class: 2 to 6, median 3\n" in output
     assert "read as: 11 JPEG RGB, 1 JPEG CMYK, 1 JPEG L, 1 PNG RGBA\n" in output
-    assert "1 unreadable images left out, listed in quarantine.jsonl: 1 not an image that Pillow knows\n" in output
+    assert (
+        "1 unreadable images left out, listed in quarantine.jsonl: 1 not an image of a format that is read\n" in output
+    )
 
 
 @pytest.mark.parametrize("options", [(), ("--quality", 60), ("--short-side", 20)])

@@ -11,6 +11,7 @@ from data_prep import locations
 from data_prep.__main__ import main
 from data_prep.journal import Journal
 from tests.data.pictures import contents
+from ummim.data import download as downloads
 from ummim.errors import DataError
 
 DST = "memory://bucket/shards"
@@ -18,7 +19,7 @@ DST = "memory://bucket/shards"
 
 @pytest.fixture(autouse=True)
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSystem]:
-    monkeypatch.setattr(locations.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(downloads, "_LONGEST_PAUSE", 0.01)
     fs = fsspec.filesystem("memory")
     fs.rm("/", recursive=True)
     yield fs
@@ -68,10 +69,12 @@ def test_an_upload_that_fails_leaves_no_index_and_the_next_run_goes_on(
         put(local, remote, *arguments, **keywords)
 
     monkeypatch.setattr(type(store), "put_file", staticmethod(failing))
+    monkeypatch.setattr(locations, "PATIENCE_SECONDS", 0.1)
     assert build(tree, tmp_path / "staging") == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
-    assert f"{DST}/shard-000003.tar cannot be reached, after 4 attempts: ConnectionError" in message
+    assert f"{DST}/shard-000003.tar: the line is dead (given up after 0.1 s of trying without progress)" in message
+    assert "the same command goes on from here" in message
     assert not store.exists("/bucket/shards/index.json")
     monkeypatch.undo()
     before = [path for path in sent if path.endswith(("shard-000000.tar", "shard-000001.tar"))]
@@ -109,7 +112,6 @@ def test_a_journal_that_outlives_its_shards_is_not_believed(
     monkeypatch.setattr(Journal, "finish", interrupted)
     assert build(tree, tmp_path / "staging") == 2
     monkeypatch.undo()
-    monkeypatch.setattr(locations.time, "sleep", lambda seconds: None)
     store.rm_file("/bucket/shards/shard-000002.tar")
     store.rm_file("/bucket/shards/index.json")
     assert build(tree, tmp_path / "staging") == 0

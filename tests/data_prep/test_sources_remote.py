@@ -1,5 +1,6 @@
 """Sources behind URLs."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tests.data_prep.archives import (
     unpacked_imagenet,
 )
 from tests.data_prep.web import Handler, served
+from ummim.data import download
 from ummim.errors import DataError
 
 pytest.importorskip("aiohttp")
@@ -26,7 +28,7 @@ pytest.importorskip("aiohttp")
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locations.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(download, "_LONGEST_PAUSE", 0.01)
 
 
 @pytest.fixture
@@ -100,15 +102,16 @@ def test_a_server_that_stumbles_is_asked_again(web: str, tmp_path: Path) -> None
 
 
 def test_a_server_that_fails_stops_the_build_and_the_next_run_goes_on(
-    web: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    web: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(locations, "PATIENCE_SECONDS", 0.1)
     tree = unpacked_imagenet(tmp_path / "web" / "tree")
     path = "/tree/n02119789/n02119789_7.JPEG"
     Handler.failing = {path: -1}
     assert build(f"{web}/tree/", tmp_path / "dst", "--max-bad", "1") == 2  # not an image's fault: not a quarantine
     message = capsys.readouterr().err
     assert message.count("\n") == 1
-    assert f"{web}{path} cannot be reached, after 4 attempts" in message
+    assert f"{web}{path}: HTTP 503 Service Unavailable (given up after 0.1 s" in message
     assert not list((tmp_path / "dst").glob("*.tmp"))
     Handler.failing = {}
     assert build(f"{web}/tree/", tmp_path / "dst") == 0
@@ -116,11 +119,35 @@ def test_a_server_that_fails_stops_the_build_and_the_next_run_goes_on(
     assert contents(tmp_path / "dst")["index.npy"] == contents(tmp_path / "reference")["index.npy"]
 
 
-def test_an_image_that_is_gone_goes_to_the_quarantine(web: str, tmp_path: Path) -> None:
-    (tmp_path / "web" / "list.csv").write_text("path\na.jpg\nb.jpg\n")
-    (tmp_path / "web" / "a.jpg").write_bytes(encode(picture()))
-    assert build(f"{web}/list.csv", tmp_path / "dst", "--max-bad", "0.5") == 0
-    assert "b.jpg" in (tmp_path / "dst" / "quarantine.jsonl").read_text()
+def test_images_that_are_gone_or_refused_go_to_the_quarantine(web: str, tmp_path: Path) -> None:
+    (tmp_path / "web" / "list.csv").write_text("path\na.jpg\nb.jpg\nc.jpg\n")
+    for name in ("a.jpg", "c.jpg"):
+        (tmp_path / "web" / name).write_bytes(encode(picture()))
+    Handler.failing, Handler.code = {"/c.jpg": -1}, 403
+    assert build(f"{web}/list.csv", tmp_path / "dst", "--max-bad", "0.7") == 0
+    left_out = sorted((tmp_path / "dst" / "quarantine.jsonl").read_text().splitlines())
+    assert [json.loads(line) for line in left_out] == [
+        {"file": f"{web}/b.jpg", "reason": "HTTP 404 File not found"},
+        {"file": f"{web}/c.jpg", "reason": "HTTP 403 Forbidden"},
+    ]
+
+
+def test_names_with_blanks_and_marks_are_those_of_the_local_tree(web: str, tmp_path: Path) -> None:
+    tree = tmp_path / "web" / "tree"
+    for name in ("grün/eine Katze.jpg", "grün/50% #1?.jpg", "a b/+&=.jpg"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_bytes(encode(picture(len(name))))
+    here, there = open_source(tree), open_source(f"{web}/tree/")
+    assert [item.key for item in there.items] == [item.key for item in here.items]
+    assert there.classes == here.classes
+    assert [read_item(item) for item in there.items] == [read_item(item) for item in here.items]
+
+
+def test_tars_of_a_server_that_knows_no_parts_are_refused(web: str, tmp_path: Path, monkeypatch) -> None:
+    foreign_shards(tmp_path / "web" / "laion")
+    monkeypatch.setattr(Handler, "parts", False)
+    with pytest.raises(DataError, match="00000.tar: its server does not serve parts of files: download it first"):
+        open_source(f"{web}/laion/")
 
 
 @pytest.mark.parametrize(
@@ -130,9 +157,10 @@ def test_an_image_that_is_gone_goes_to_the_quarantine(web: str, tmp_path: Path) 
         ("simplecache::memory://x", "chained URLs"),
         ("memory://nowhere/at/all", "does not exist"),
         ("memory://nowhere/*.tar", "no file fits this pattern"),
-        ("http://127.0.0.1:1/x.tar", "cannot be reached, after 4 attempts"),
+        ("http://127.0.0.1:1/x.tar", r"Connection refused \(given up after 0.1 s.*the same command goes on from here"),
     ],
 )
-def test_urls_that_lead_nowhere(src: str, complaint: str) -> None:
+def test_urls_that_lead_nowhere(src: str, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locations, "PATIENCE_SECONDS", 0.1)
     with pytest.raises(DataError, match=complaint):
         open_source(src)

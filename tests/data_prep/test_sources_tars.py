@@ -92,12 +92,12 @@ def test_truncated_and_damaged_tars_are_named(tmp_path: Path) -> None:
     path = imagenet_train(tree, tmp_path / "train.tar")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"train.tar is truncated at byte \d+"):
+    with pytest.raises(DataError, match=r"train.tar: at byte \d+: truncated: .* restore it"):
         open_source(path)
     damaged = bytearray(whole)
     damaged[512:1024] = b"?" * 512  # the first inner header
     path.write_bytes(damaged)
-    with pytest.raises(DataError, match=r"train.tar: n02119789.tar is damaged at byte 512"):
+    with pytest.raises(DataError, match=r"train.tar: n02119789.tar: at byte 512: (damaged|no plain tar)"):
         open_source(path)
     path.write_bytes(b"no tar" * 400)
     with pytest.raises(DataError, match="no plain tar"):

@@ -59,7 +59,7 @@ def test_a_damaged_image_is_named(folder: Path, faults) -> None:
     overwrite(folder / "shard-1.tar", byte(where), b"\0" * 40)
     assert faults() == [
         "shard-1.tar: its checksum is not the index's",
-        f"{where}: the image cannot be decoded: not an image that Pillow knows",
+        f"{where}: the image cannot be decoded: not an image of a format that is read",
     ]
     assert faults("--fast") == ["shard-1.tar: its checksum is not the index's"]
 
@@ -88,7 +88,7 @@ def test_it_goes_on_after_a_cut_and_a_missing_shard(folder: Path, faults) -> Non
     (folder / "shard-1.tar").unlink()
     assert faults() == [
         f"shard-0.tar: truncated: {offset + 100} bytes, the index says {size}",
-        f"shard-0.tar: key 'k001' at byte {broken}: the image cannot be decoded: not an image that Pillow knows",
+        f"shard-0.tar: key 'k001' at byte {broken}: the image cannot be decoded: not an image of a format that is read",
         f"shard-0.tar: key 'k003' at byte {offset - 1536}: no image, only cls",
         f"shard-0.tar: at byte {offset}: truncated: member 'k003.jpg' should end at byte "
         f"{offset + len(image(3))}, the file ends at byte {offset + 100}",
@@ -122,7 +122,7 @@ def test_what_follows_a_damaged_header_is_checked(folder: Path, faults) -> None:
     found = faults()
     assert f"shard-0.tar: at byte {header}: damaged: neither a member's header nor the end-of-archive mark" in found
     assert f"{where}: in the index, but not in the shard" in found
-    assert f"{late}: the image cannot be decoded: not an image that Pillow knows" in found
+    assert f"{late}: the image cannot be decoded: not an image of a format that is read" in found
     assert len(found) == 5  # and the checksum, and a sample with its .cls alone
 
 
@@ -184,7 +184,7 @@ def test_the_shards_are_checked_without_a_part_of_the_index(folder: Path, faults
     (folder / name).unlink()
     found = faults()
     assert found[0].startswith(f"{name}: ")
-    assert found[-1].endswith("not an image that Pillow knows")
+    assert found[-1].endswith("not an image of a format that is read")
 
 
 def test_shards_beside_the_index_and_an_unfinished_build_are_named(folder: Path, faults) -> None:
@@ -229,7 +229,7 @@ def test_the_report_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert report["faults"][1] == {
         "file": "shard-1.tar",
         "kind": "image",
-        "reason": "the image cannot be decoded: not an image that Pillow knows",
+        "reason": "the image cannot be decoded: not an image of a format that is read",
         "key": "k005",
         "byte": offset,
     }

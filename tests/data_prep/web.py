@@ -10,9 +10,11 @@ from pathlib import Path
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """``failing``: paths that answer 503, and how many times more; -1 is always."""
+    """``failing``: paths that answer ``code``, and how many times more; -1 is always. ``parts``: they are served."""
 
     failing: dict[str, int] = {}
+    code = 503
+    parts = True
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
@@ -20,7 +22,7 @@ class Handler(SimpleHTTPRequestHandler):
             return
         path = Path(self.translate_path(self.path))
         part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if part is None or not path.is_file():
+        if part is None or not path.is_file() or not self.parts:
             super().do_GET()
             return
         data, first = path.read_bytes(), int(part[1])
@@ -30,6 +32,10 @@ class Handler(SimpleHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        if not self._fails():
+            super().do_HEAD()
 
     def end_headers(self) -> None:
         self.send_header("Accept-Ranges", "bytes")
@@ -42,14 +48,14 @@ class Handler(SimpleHTTPRequestHandler):
         left = self.failing.get(self.path, 0)
         if left:
             self.failing[self.path] = left - 1
-            self.send_error(503)
+            self.send_error(self.code)
         return left != 0
 
 
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
     """The address under which ``folder`` is served."""
-    Handler.failing = {}
+    Handler.failing, Handler.code = {}, 503
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

@@ -12,7 +12,7 @@ from tempfile import mkdtemp
 import torch
 
 from tests.engine.toy import ToyPlan, ToyRecipe, build_toy, toy_batches
-from ummim.engine import zero
+from ummim.engine import zero, zero_state
 from ummim.engine.metrics import FILE
 from ummim.engine.resume import restore
 from ummim.engine.trainer import fit
@@ -22,9 +22,9 @@ from ummim.errors import UserError
 def train(case, plan, world, folder, resume="auto"):
     recipe = ToyRecipe(output=str(folder), resume=resume, checkpoint_every=case.pop("every", 0), **case)
     engine = zero.initialize(build_toy(seed=world.rank), recipe, plan)  # rank 0's weights must win
-    done = restore(engine, recipe, plan, "digest", world)
-    fit(engine, toy_batches(plan, world.rank, done), recipe, plan, world, "digest", done)
-    weights = zero.full_state_dict(engine)
+    state = restore(engine, recipe, plan, "digest", world)
+    fit(engine, toy_batches(plan, world.rank, state.step), recipe, plan, world, state)
+    weights = zero_state.full_state_dict(engine)
     engine.destroy()
     return weights
 

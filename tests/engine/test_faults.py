@@ -134,17 +134,17 @@ def records_so_far(folder):
 
 
 def test_agreement_averages_the_loss_and_takes_the_graver_code(world):
-    agreed = agree(torch.tensor(0.1), 0, [], world)
-    assert agreed.loss == pytest.approx(0.1) and agreed[1:] == (0, 0, False)
-    assert agree(torch.tensor(0.1), EXIT_INTERRUPT, [], world).stop == EXIT_INTERRUPT
-    assert agree(torch.tensor(0.1), EXIT_PREEMPTED, [], world).stop == EXIT_PREEMPTED
+    agreed = agree(torch.tensor(0.1), 0, [], True, world)
+    assert agreed.loss == pytest.approx(0.1) and agreed[1:] == (0, 0, False, 1)
+    assert agree(torch.tensor(0.1), EXIT_INTERRUPT, [], False, world).stop == EXIT_INTERRUPT
+    assert agree(torch.tensor(0.1), EXIT_PREEMPTED, [], False, world).stop == EXIT_PREEMPTED
 
 
 def test_agreement_counts_bad_samples_and_tells_of_a_lost_one(world):
     """Bad replacements of a bad sample are no further samples."""
     bad, worse, lost = (Fault(0, 1, "a", "k", 512, "torn", *end) for end in ((0, "b"), (1, "b"), (0, None)))
-    assert agree(torch.tensor(0.1), 0, [bad, worse, bad], world)[2:] == (2, False)
-    assert agree(torch.tensor(0.1), 0, [bad, lost], world)[2:] == (2, True)
+    assert agree(torch.tensor(0.1), 0, [bad, worse, bad], False, world)[2:] == (2, False, 0)
+    assert agree(torch.tensor(0.1), 0, [bad, lost], False, world)[2:] == (2, True, 0)
 
 
 @pytest.mark.parametrize(("rank", "mistaken", "told"), [(0, False, False), (1, True, True), (2, True, False)])

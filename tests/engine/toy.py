@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ummim.data import DataConfig
 from ummim.data.faults import Fault
+from ummim.engine.bad_steps import BadStepConfig
 from ummim.engine.optim import OptimConfig
 from ummim.engine.trainer import TaskOutput
 
@@ -23,16 +26,21 @@ class _ToyRecipe:
     seed: int = 0
     log_every: int = 1
     checkpoint_every: int = 0
+    checkpoint_async: bool = True
     keep_checkpoints: int = 3
+    milestone_every: int = 0
     zero_stage: int = 0
     precision: str = "fp32"
     activation_checkpointing: str = "none"
     ds_config: str | None = None
     data: DataConfig = DataConfig("toy")
+    bad_steps: BadStepConfig = BadStepConfig()
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(base_lr=1e-3, warmup_epochs=1))
     tensorboard: bool = False
     wandb: str | None = None
     resume: str = "auto"
+    hang_seconds: float = 45
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,9 @@ class ToyBatch:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> ToyBatch:
         return replace(self, images=self.images.to(device, non_blocking=non_blocking))
+
+    def save(self, path: Path, told: Mapping[str, Any]) -> None:
+        save_file({"images": self.images}, path, {name: str(value) for name, value in told.items()})
 
 
 class ToyTask(nn.Module):

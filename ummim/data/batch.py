@@ -1,12 +1,21 @@
 """What a training step gets from the loader."""
 
+import json
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ummim.data.faults import Fault
 from ummim.masking import MaskPlan
+
+PARTS = ("visible", "secondary", "kept", "thrown")  # of a plan
 
 
 @dataclass
@@ -42,3 +51,33 @@ class Batch:
             plan=self.plan.pin_memory(),
             labels=self.labels.pin_memory(),
         )
+
+    def save(self, path: Path, told: Mapping[str, Any]) -> None:
+        """Write images, labels and the plan's ids as safetensors, in one step; keys, grid and ``told`` (plain values)
+        are in the file's metadata, as JSON."""
+        tensors = {part: getattr(self.plan, part).contiguous() for part in PARTS}
+        tensors |= {"images": self.images, "labels": self.labels}
+        plan = {"grid": self.plan.grid, "compact": self.plan.compact, "shared": self.plan.shared is not None}
+        values = {**told, "keys": self.keys, **plan}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        save_file(tensors, partial, {name: json.dumps(value) for name, value in values.items()})
+        shutil.copymode(path.parent, partial)  # safetensors makes its files private
+        partial.chmod(partial.stat().st_mode & 0o666)
+        partial.replace(path)
+
+    @staticmethod
+    def load(path: Path) -> "tuple[Batch, dict[str, Any]]":
+        """A batch that ``save`` wrote, and its metadata.
+
+        Raises:
+            OSError, SafetensorError: the file cannot be read.
+            KeyError, ValueError: it is not such a file.
+        """
+        with safe_open(path, "pt") as file:
+            told = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+            tensors = {name: file.get_tensor(name) for name in (*PARTS, "images", "labels")}
+        parts = {part: tensors[part] for part in PARTS}
+        shared = tuple(parts["visible"][0].tolist()) if told["shared"] else None
+        plan = MaskPlan(tuple(told["grid"]), **parts, compact=told["compact"], shared=shared)
+        return Batch(tensors["images"], plan, tensors["labels"], told["keys"]), told

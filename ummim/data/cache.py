@@ -24,7 +24,8 @@ from pathlib import Path
 from ummim.data.download import Patience, download, gave_up
 from ummim.data.faults import SourceDown
 from ummim.data.locks import locked
-from ummim.data.remote import Interrupted, Refused, beside, file_size, shown
+from ummim.data.remote import Interrupted, Refused, file_size
+from ummim.data.urls import beside, shown
 from ummim.errors import DataError
 
 _UNITS = {"": 1, "B": 1} | {f"{p}{b}B": n**i for i, p in enumerate("KMGT", 1) for b, n in (("", 1000), ("I", 1024))}
@@ -146,7 +147,7 @@ class ShardCache:
             self._remember(sha256, failure)
             raise failure from None
         except Interrupted as error:
-            message = gave_up(location, str(error), patience.seconds)
+            message = gave_up(location, str(error), patience)
             if keep is not None:
                 raise DataError(message) from None
             failure = DataError(message) if self._answers(location) else SourceDown(message)

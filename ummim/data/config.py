@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from ummim.data.cache import DEFAULT_SIZE, ShardCache, default_folder, parse_size
-from ummim.data.remote import is_url
+from ummim.data.index_files import shards_url
+from ummim.data.urls import is_url, local_path
 from ummim.errors import RecipeError
 
 
@@ -15,7 +16,8 @@ class DataConfig:
 
     Attributes:
         shards: folder of tar shards with their index, as ``python -m data_prep build`` makes it, or its URL (http,
-            https, s3, gs, or another that fsspec knows).
+            https, s3, gs, or another that fsspec knows); or a folder with the index of shards behind a URL, as
+            ``python -m data_prep index URL --out`` makes it.
         workers: worker processes per rank that read, decode, augment and mask; 0 does it in the trainer.
         image_size: side of the square training crop, in pixels.
         crop: ``resized`` takes a crop of random area and shape and resizes it (MAE and most others); ``padded``
@@ -30,7 +32,7 @@ class DataConfig:
         window: within a stream, samples are shuffled among this many consecutive shards. ``streams * window``
             shards are read at a time; more mixes better, fewer keeps fewer files open.
         cache: folder on this machine's own disk for copies of whole shards, shared by all its processes. None: one
-            below the system's folder for temporary files if ``shards`` is a URL; no copies if it is a folder.
+            below the system's folder for temporary files if the shards are behind a URL; else no copies.
         cache_size: what the copies may take, such as 100GB or 1.5TB; the least recently used make room for others.
         retry_seconds: how long to go on asking a server that fails, without progress, before giving up.
         max_bad: share of an epoch's samples that may turn out unreadable, and be replaced by others, before the run
@@ -79,7 +81,8 @@ class DataConfig:
 
     def shard_cache(self) -> ShardCache | None:
         """The cache that the shards are read through, if any. Raises ``DataError`` if the default one is not ours."""
-        if self.cache is None and not is_url(self.shards):
+        remote = is_url(self.shards) or shards_url(Path(local_path(self.shards))) is not None
+        if self.cache is None and not remote:
             return None
         folder = default_folder() if self.cache is None else Path(self.cache)
         return ShardCache(folder, parse_size(self.cache_size), self.retry_seconds)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from ummim.data.faults import SourceDown
-from ummim.data.remote import Interrupted, OtherFile, Refused, read_range, shown, stream
+from ummim.data.remote import Interrupted, OtherFile, Refused, read_range, stream
+from ummim.data.urls import shown
 
 Value = TypeVar("Value")
 
@@ -34,6 +35,7 @@ class Patience:
 
     seconds: float
     stopped: Callable[[], bool] = lambda: False
+    remedy: str = "check the server and the network, or raise data.retry_seconds"
     sleep: Callable[[float], None] = time.sleep
     clock: Callable[[], float] = time.monotonic
     pauses: int = field(default=0, init=False)
@@ -77,7 +79,7 @@ def persist(read: Callable[[], Value], location: str, patience: Patience) -> Val
             return read()
         except Interrupted as error:
             if not patience.pause(location, str(error)):
-                raise SourceDown(gave_up(location, str(error), patience.seconds)) from None
+                raise SourceDown(gave_up(location, str(error), patience)) from None
 
 
 def fetch_file(location: str, patience: Patience) -> bytes:
@@ -90,10 +92,11 @@ def fetch_range(location: str, start: int, length: int, patience: Patience) -> b
     return persist(lambda: read_range(location, start, length, patience.stall), location, patience)
 
 
-def gave_up(location: str, reason: str, seconds: float) -> str:
+def gave_up(location: str, reason: str, patience: Patience) -> str:
     """The message at the end of all patience."""
+    seconds = patience.seconds
     tried = f"given up after {seconds:g} s of trying without progress" if seconds else "tried once"
-    return f"{shown(location)}: {reason} ({tried}): check the server and the network, or raise data.retry_seconds"
+    return f"{shown(location)}: {reason} ({tried}): {patience.remedy}"
 
 
 def download(

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ummim.errors import DataError
-from ummim.masking import sample_seed
+from ummim.seeds import sample_seed
 
 ATTEMPTS = 16  # replacements that are tried for a sample; if all fail, the source of the data is gone
 

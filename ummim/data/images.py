@@ -5,6 +5,8 @@
 * 16-bit grey is reduced to 8 bits (value // 256); grey, palette, CMYK and others become RGB as Pillow has it.
 * Of an animation, the first frame counts.
 * Images above Pillow's decompression-bomb limit (about 179 million pixels) are refused.
+* Only the formats in ``FORMATS`` are tried, whatever a file's name: Pillow knows many more, some of them by running
+  other programs (EPS).
 
 Upright JPEGs in grey or YCbCr, which is nearly all of them, do not go through Pillow: libjpeg-turbo, which Pillow
 calls too, decodes them straight into an array in two thirds of the time, to the same pixels. What it finds fault
@@ -17,7 +19,36 @@ from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
+from PIL.BmpImagePlugin import BmpImageFile, DibImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.PpmImagePlugin import PpmImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+try:
+    from PIL.AvifImagePlugin import AvifImageFile
+except ImportError:  # before Pillow 11.3
+    _RECENT: tuple[type[ImageFile.ImageFile], ...] = ()
+else:
+    _RECENT = (AvifImageFile,)
+
+_READERS: tuple[type[ImageFile.ImageFile], ...] = (
+    JpegImageFile,
+    PngImageFile,
+    WebPImageFile,
+    BmpImageFile,
+    DibImageFile,
+    GifImageFile,
+    TiffImageFile,
+    PpmImageFile,
+    Jpeg2KImageFile,
+    *_RECENT,
+)
+FORMATS = tuple(str(reader.format) for reader in _READERS)  # a JPEG with pictures behind it (MPO) is opened as JPEG
 
 # What a broken, foreign or oversized file makes Pillow raise.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, Image.DecompressionBombError)
@@ -30,7 +61,7 @@ def open_image(data: bytes) -> Image.Image:
     """Read the header of an image file; pixels are decoded later, by ``to_rgb``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # large or oddly tagged images: what matters is raised
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -105,5 +136,5 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 def reason(error: BaseException) -> str:
     """Pillow's complaint in one line, without the address of a buffer."""
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image that Pillow knows"
+        return "not an image of a format that is read"
     return f"{error}".splitlines()[0] if f"{error}" else type(error).__name__

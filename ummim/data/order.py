@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ummim.data.shards import ShardIndex
-from ummim.masking import sample_seed
+from ummim.seeds import sample_seed
 
 
 class EpochOrder:

@@ -1,6 +1,7 @@
 """Files by their location: a local path, http(s) by the standard library, and whatever else fsspec knows (s3, gs ...).
 
 What a server refuses raises ``Refused``: asking again will not help. All that may pass raises ``Interrupted``.
+Listings, and writing, go through ``filesystem`` and ``fsspec_errors``.
 """
 
 import errno
@@ -13,19 +14,26 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import quote
 
+from ummim.data.urls import is_url, is_web, shown
 from ummim.errors import DataError
 
 _PIECE = 1 << 20  # bytes read at once
 _FSSPEC_PIECE = 8 << 20  # a request each
 _PASSING = (408, 425, 429)  # besides 5xx: timed out, too early, too many requests
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
+_MISSING = (404, 410)
+_URL_MARKS = "%/:?#[]@!$&'()*+,;=~"  # what else a URL must not hold, such as a space, is quoted when it is asked for
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}
 _LOCAL_REFUSALS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 class Refused(Exception):
     """The file cannot be had, now or later; the message is the reason."""
+
+
+class Missing(Refused):
+    """There is no such file."""
 
 
 class Interrupted(Exception):
@@ -34,41 +42,6 @@ class Interrupted(Exception):
 
 class OtherFile(Interrupted):
     """There is a file, but not the one that was looked for."""
-
-
-def is_url(location: str) -> bool:
-    """Whether ``location`` is no local path; a ``file://`` URL is one, see ``local_path``."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", location) is not None and not location.startswith("file://")
-
-
-def local_path(location: str) -> str:
-    """The path that a ``file://`` URL names; any other location as it is."""
-    return unquote(urlsplit(location).path) if location.startswith("file://") else location
-
-
-def join(folder: str, name: str) -> str:
-    """The location of the file ``name`` of a folder; a URL's query (a signature, say) goes with it."""
-    if not is_url(folder):
-        return os.path.join(folder, name)  # noqa: PTH118  (locations are text)
-    parts = urlsplit(folder)
-    name = quote(name) if parts.scheme in ("http", "https") else name
-    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
-
-
-def beside(location: str, name: str) -> str:
-    """The location of the file ``name`` in the folder of another one."""
-    if not is_url(location):
-        return join(os.path.dirname(location), name)  # noqa: PTH120
-    parts = urlsplit(location)
-    return join(urlunsplit(parts._replace(path=parts.path.rpartition("/")[0])), name)
-
-
-def shown(location: str) -> str:
-    """``location`` for messages: a URL without its query and password, which may be secrets."""
-    if not is_url(location):
-        return location
-    parts = urlsplit(location)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
 
 
 def stream(location: str, start: int, size: int | None, timeout: float) -> Iterator[bytes]:
@@ -86,33 +59,41 @@ def stream(location: str, start: int, size: int | None, timeout: float) -> Itera
     """
     if not is_url(location):
         return _local(location, start, size)
-    if location.startswith(("http://", "https://")):
+    if is_web(location):
         return _http(location, start, size, timeout)
     return _fsspec(location, start, size)
 
 
 def read_range(location: str, start: int, length: int, timeout: float) -> bytes:
     """``length`` bytes of a file from ``start`` on, fewer at its end. Raises like ``stream``."""
-    if location.startswith(("http://", "https://")):
+    if is_web(location):
         with _answer(location, timeout, f"bytes={start}-{start + length - 1}") as answer:
             return _some(_body(answer, start), length)
     if is_url(location):
-        with _fsspec_errors(location):
-            fs, path = _filesystem(location)
+        with fsspec_errors(location):
+            fs, path = filesystem(location)
             return fs.cat_file(path, start=start, end=start + length)
     return _some(_local(location, start, None), length)
 
 
+def serves_parts(location: str, timeout: float) -> bool:
+    """Whether a part of a file can be had without what lies before it. Raises like ``stream``."""
+    if not is_web(location):
+        return True
+    with _answer(location, timeout, "bytes=0-0") as answer:
+        return answer.status == 206
+
+
 def file_size(location: str, timeout: float) -> int | None:
     """Bytes of a file, None where the server does not tell. Raises like ``stream``."""
-    if location.startswith(("http://", "https://")):
+    if is_web(location):
         with suppress(Refused), _answer(location, timeout, None, "HEAD") as answer:
             return _total(answer)
         with _answer(location, timeout, "bytes=0-0") as answer:  # some servers know no HEAD, or refuse it
             return _total(answer)
     if is_url(location):
-        with _fsspec_errors(location):
-            fs, path = _filesystem(location)
+        with fsspec_errors(location):
+            fs, path = filesystem(location)
             return fs.size(path)
     with _local_errors():
         return os.stat(location).st_size  # noqa: PTH116
@@ -146,7 +127,8 @@ def _local_errors() -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise (Refused if error.errno in _LOCAL_REFUSALS else Interrupted)(reason) from None
+        refused = Missing if error.errno == errno.ENOENT else Refused
+        raise (refused if error.errno in _LOCAL_REFUSALS else Interrupted)(reason) from None
 
 
 def _http(url: str, start: int, size: int | None, timeout: float) -> Iterator[bytes]:
@@ -160,7 +142,7 @@ def _answer(url: str, timeout: float, wanted: str | None, method: str = "GET") -
     """The server's answer for the range ``wanted``; errors, while it is read too, become ours."""
     headers = {"User-Agent": "ummim", "Accept-Encoding": "identity"} | ({"Range": wanted} if wanted else {})
     try:
-        request = urllib.request.Request(url, headers=headers, method=method)
+        request = urllib.request.Request(quote(url, safe=_URL_MARKS), headers=headers, method=method)
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             yield answer
     except urllib.error.HTTPError as error:
@@ -168,7 +150,8 @@ def _answer(url: str, timeout: float, wanted: str | None, method: str = "GET") -
         if error.code == 416:
             raise OtherFile("it is shorter there than its index says") from None
         passing = error.code >= 500 or error.code in _PASSING
-        raise (Interrupted if passing else Refused)(f"HTTP {error.code} {error.reason}") from None
+        kind = Interrupted if passing else Missing if error.code in _MISSING else Refused
+        raise kind(f"HTTP {error.code} {error.reason}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(cause, TimeoutError):
@@ -212,8 +195,8 @@ def _body(answer: http.client.HTTPResponse, start: int) -> Iterator[bytes]:
 
 
 def _fsspec(url: str, start: int, size: int | None) -> Iterator[bytes]:
-    with _fsspec_errors(url):
-        fs, path = _filesystem(url)
+    with fsspec_errors(url):
+        fs, path = filesystem(url)
         found = fs.size(path)
         _check_size(found, size)
         while start < found:
@@ -224,26 +207,46 @@ def _fsspec(url: str, start: int, size: int | None) -> Iterator[bytes]:
             start += len(piece)
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
+def filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system of ``url``, and the path there.
+
+    Raises:
+        DataError: fsspec does not know the protocol, or needs a package for it.
+    """
     import fsspec
 
-    return fsspec.core.url_to_fs(url)  # fsspec keeps one for each process and set of options
+    if "::" in url:
+        raise DataError(f"{url}: chained URLs (::) are not taken: give the files themselves")
+    with fsspec_errors(url):
+        try:
+            return fsspec.core.url_to_fs(url)  # fsspec keeps one for each process and set of options
+        except ValueError as error:
+            raise DataError(f"{shown(url)} cannot be opened: {error}") from None
 
 
 @contextmanager
-def _fsspec_errors(url: str) -> Iterator[None]:
+def fsspec_errors(url: str) -> Iterator[None]:
     """What the many back ends raise becomes ours; each has timeouts and retries of its own besides."""
-    scheme = urlsplit(url).scheme
+    scheme = url.partition("://")[0]
     try:
         yield
-    except (Refused, Interrupted):
+    except (Refused, Interrupted, DataError):
         raise
     except ImportError as error:
         remedy = f"pip install 'ummim[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else str(error)
         raise DataError(f"{shown(url)}: {scheme}:// needs a package that is not installed: {remedy}") from None
-    except FileNotFoundError:
-        raise Refused("no such file") from None
     except Exception as error:  # botocore's NoCredentialsError, for one, is no OSError
         reason = " ".join(str(error).split()) or type(error).__name__
-        final = isinstance(error, (PermissionError, IsADirectoryError, ValueError))
+        if isinstance(error, FileNotFoundError) and not _hides_failure(error):
+            raise Missing("no such file") from None
+        status = getattr(error, "status", 0)  # of aiohttp's
+        final = isinstance(error, (PermissionError, IsADirectoryError, NotADirectoryError, ValueError))
+        final = final or (400 <= status < 500 and status not in _PASSING)
         raise (Refused if final or "Credentials" in type(error).__name__ else Interrupted)(reason) from None
+
+
+def _hides_failure(error: FileNotFoundError) -> bool:
+    """fsspec says that a file is not there of a web server that is down or failing, too, but with the cause."""
+    cause = error.__cause__
+    down = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+    return down or getattr(cause, "status", 404) >= 500

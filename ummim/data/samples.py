@@ -17,7 +17,8 @@ from ummim.data.faults import Fault, SourceDown, replacements
 from ummim.data.order import Pick
 from ummim.data.shards import ShardIndex, ShardReader
 from ummim.errors import DataError
-from ummim.masking import PlanSampler, SamplePlan, sample_seed
+from ummim.masking import PlanSampler, SamplePlan
+from ummim.seeds import sample_seed
 
 _WHOLE = Box(0, 0, 1, 1)
 _CANDIDATES = 2**16  # rows that the fixed images are chosen from

@@ -33,7 +33,8 @@ from ummim.data.index_files import (
     read_index,
     table_dtype,
 )
-from ummim.data.remote import Refused, file_size, is_url, join, local_path, shown
+from ummim.data.remote import Refused, file_size
+from ummim.data.urls import is_url, join, local_path, shown
 from ummim.errors import DataError
 
 __all__ = [
@@ -50,7 +51,7 @@ class ShardIndex:
     """An opened index. Cheap to pass to worker processes: each maps the table itself.
 
     Attributes:
-        folder: where the shards lie; of remote ones, where the copy of their index is.
+        folder: where the shards lie; of remote ones, where their index or a copy of it is.
         shards: the tars, in the order of the table.
         first: (shards + 1,) int64, the row of each shard's first sample; the last entry is the sample count.
         table: (samples,) rows of ``table_dtype``, memory-mapped.
@@ -60,6 +61,7 @@ class ShardIndex:
         source: identifies the images and options of a build; None for shards made by others.
         url: where remote shards lie; None for a local folder.
         cache: copies of whole shards on this node, through which they are read; None reads them where they are.
+        is_copy: ``folder`` is in the cache; else the index is nowhere else.
     """
 
     folder: Path
@@ -72,17 +74,18 @@ class ShardIndex:
     source: str | None
     url: str | None = None
     cache: ShardCache | None = None
+    is_copy: bool = False
 
     @staticmethod
     def open(location: str | os.PathLike[str], cache: ShardCache | None = None) -> "ShardIndex":
         """Open the index of a folder; reads a few kilobytes, whatever the number of samples.
 
         Of a URL (http, https, s3, gs and whatever fsspec knows), the index is copied to the cache first, unless it
-        is there already; an index that has changed is noticed.
+        is there already; an index that has changed is noticed, as long as its server answers.
 
         Args:
             location: a folder, or the URL of one.
-            cache: where to keep copies of shards. None: nowhere, or in the default cache for a URL.
+            cache: where to keep copies of shards. None: nowhere, or in the default cache for shards behind a URL.
 
         Raises:
             DataError: the folder, index, table or class list is missing or does not fit.
@@ -97,7 +100,7 @@ class ShardIndex:
         return len(self.table)
 
     def __reduce__(self) -> tuple:  # a pickled memmap would carry the whole table
-        if self.url is not None:
+        if self.is_copy:
             return _reopen, (self.url, self.cache, self.digest)
         return ShardIndex.open, (self.folder,) if self.cache is None else (self.folder, self.cache)
 
@@ -135,7 +138,7 @@ class ShardIndex:
         return file
 
     def check(self) -> None:
-        """Ask for the size of every shard; of remote ones, of the first and the last only.
+        """Ask for the size of every shard; of remote ones, of the first and the last only, if they are not here.
 
         Raises:
             DataError: a shard is missing, or its size is not the index's.
@@ -156,6 +159,8 @@ class ShardIndex:
     def _check_remote(self, number: int) -> None:
         assert self.cache is not None
         location, patience = self.location(number), Patience(self.cache.retry_seconds)
+        if self.cache.path(self.shards[number].sha256).exists():
+            return  # as it was when it came
         try:
             size = persist(lambda: file_size(location, patience.stall), location, patience)
         except Refused as error:
@@ -242,8 +247,8 @@ class ShardReader:
             raise _unopened(shown(location), str(error)) from None
 
 
-def _open(folder: Path, url: str | None, cache: ShardCache | None) -> ShardIndex:
-    place = str(folder) if url is None else shown(url)
+def _open(folder: Path, copy_of: str | None, cache: ShardCache | None) -> ShardIndex:
+    place = str(folder) if copy_of is None else shown(copy_of)
     raw = read_index(folder)
     content = parse_index(raw, place)
     shards, labelled = parse_shards(content, place), content["labelled"]
@@ -256,8 +261,13 @@ def _open(folder: Path, url: str | None, cache: ShardCache | None) -> ShardIndex
     first = np.cumsum([0, *(shard.samples for shard in shards)], dtype=np.int64)
     table = map_table(folder, int(first[-1]), place)
     digest = hashlib.sha256(raw).hexdigest()
-    labels, source = classes if labelled else None, content["source"]
-    return ShardIndex(folder, shards, first, table, labels, digest, content["table_sha256"], source, url, cache)
+    labels, url = classes if labelled else None, copy_of or content.get("url")
+    if url is not None and cache is None:
+        cache = default_cache()
+    return ShardIndex(
+        folder, shards, first, table, labels, digest, content["table_sha256"], content["source"], url, cache,
+        is_copy=copy_of is not None,
+    )  # fmt: skip
 
 
 def _reopen(url: str, cache: ShardCache, digest: str) -> ShardIndex:

@@ -1,14 +1,14 @@
-"""Checkpoints that are whole or absent: written aside, listed with checksums, renamed into place.
+"""Checkpoints as folders that are whole or absent: written aside, listed with checksums, renamed into place.
 
-``checkpoints/step-N`` is a DeepSpeed tag (``checkpoints/latest`` names the newest, as DeepSpeed's own tools expect)
-plus ``model.safetensors`` (all weights, float32), ``state.json`` and ``manifest.json``, the list of all of it.
+``checkpoints/step-N`` holds a file from each rank (``checkpoint_shards``), ``state.json``, the recipe, and
+``manifest.json``, the list of all of it; at milestones and at the end of a run also all weights, float32, as
+``model.safetensors``. ``checkpoints/latest`` names the newest. ``checkpoint_saver`` says who writes what, and when.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,20 +16,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
-from ummim.engine import zero
-from ummim.engine.faults import on_main, raise_together
+from ummim.engine.checkpoint_shards import Contents
 from ummim.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from ummim.engine.zero import World
     from ummim.recipe import Recipe
     from ummim.run_plan import RunPlan
-
-log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
@@ -52,6 +47,13 @@ class RunState:
     seed: int
     index_digest: str
     layout: str
+    milestone: bool
+    """Never removed."""
+    optimizer: dict[str, Any]
+    """``zero_state.scalars``."""
+    loss_mean: float
+    loss_count: int
+    """Those of ``bad_steps.LossMean``."""
 
     @classmethod
     def at(cls, step: int, recipe: Recipe, plan: RunPlan, digest: str, layout: str) -> RunState:
@@ -67,42 +69,20 @@ class RunState:
             seed=recipe.seed,
             index_digest=digest,
             layout=layout,
+            milestone=is_milestone(step, recipe, plan),
+            optimizer={},
+            loss_mean=0.0,
+            loss_count=0,
         )
 
 
-def save(engine: Any, output: Path, state: RunState, keep: int, world: World) -> None:
-    """Write ``output/checkpoints/step-N`` from every rank, then remove all but the newest ``keep`` (0: keep all).
-
-    Raises CheckpointError on rank 0 (the others end with exit code 2) if any file could not be written, a full
-    disk above all; the checkpoints before it are untouched and no half one is left.
-    """
-    folder = output / FOLDER
-    temporary = folder / f".tmp-step-{state.step}"
-    on_main(lambda: _prepare(temporary), world)
-    files = engine.checkpoint_engine
-    files.error, files.written = None, []
-    engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
-    weights = zero.full_state_dict(engine)
-    reports: list[tuple[str | None, list[str]]] = [(None, [])] * world.size
-    dist.all_gather_object(reports, (None if files.error is None else str(files.error), files.written))
-    failure = next((error for error, _ in reports if error), None)
-    unseen = [path for _, written in reports for path in written if world.is_main and not Path(path).exists()]
-    if failure is None and unseen:
-        failure = f"{unseen[0]} is not to be seen from rank 0: name an output on a file system that all hosts share"
-    if world.is_main and failure is None:
-        try:
-            save_file(weights, temporary / WEIGHTS)
-            _finish(temporary, folder / f"step-{state.step}", state)
-            _retain(folder, keep)
-        except (OSError, SafetensorError) as error:
-            failure = str(error)
-    outcome = [failure]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise_together(_unwritten(folder, state, outcome[0], world), world)
+def is_milestone(step: int, recipe: Recipe, plan: RunPlan) -> bool:
+    """Whether the checkpoint after ``step`` optimizer steps is written in any case, with all weights, and stays."""
+    return bool(recipe.milestone_every) and step % (recipe.milestone_every * plan.steps_per_epoch) == 0
 
 
-def _prepare(temporary: Path) -> None:
+def prepare(temporary: Path) -> None:
+    """Make the folder that a checkpoint is written in. Raises CheckpointError if that cannot be."""
     try:
         remove_leftovers(temporary.parent)
         temporary.mkdir(parents=True)
@@ -110,34 +90,57 @@ def _prepare(temporary: Path) -> None:
         raise CheckpointError(f"{temporary.parent} cannot be written: {error.strerror}") from error
 
 
-def _finish(temporary: Path, final: Path, state: RunState) -> None:
+def write_rank_file(path: Path, tensors: dict[str, Tensor], told: dict[str, str]) -> dict[str, Any]:
+    """Write a rank's file to the disk; returns its line in the manifest. Raises OSError and SafetensorError."""
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, told)
+    _sync(path)
+    return {path.name: _fingerprint(path)}
+
+
+def finish(
+    temporary: Path, final: Path, state: RunState, listing: dict[str, Any], weights: bool, keep: int
+) -> dict[str, Any]:
+    """Add the files of rank 0 and the manifest, put the folder in place, and remove what is too old."""
+    for name, listed in listing.items():
+        path = temporary / name
+        if not path.is_file() or path.stat().st_size != listed["size"]:
+            raise CheckpointError(
+                f"{path} is not to be seen from rank 0: name an output on a file system that all hosts share"
+            )
     (temporary / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
-    shutil.copymode(temporary / STATE, temporary / WEIGHTS)  # safetensors makes its files private
     recipe = final.parents[1] / "recipe.yaml"
     if recipe.is_file():
         shutil.copyfile(recipe, temporary / recipe.name)
-    seal(temporary)
+    if weights:
+        save_file(Contents(temporary, state.step, state.layout).weights(), temporary / WEIGHTS)
+    for path in temporary.glob("*.safetensors"):  # safetensors makes its files private
+        shutil.copymode(temporary / STATE, path)
+    seal(temporary, listing)
     for path in (*_files(temporary), temporary / MANIFEST, temporary):
-        _sync(path)
+        if path.name not in listing:
+            _sync(path)
     if final.exists():  # found damaged at the start, or the same step trained again
-        shutil.rmtree(final)
+        final.rename(temporary.with_name(f".tmp-old-{final.name}"))
     temporary.rename(final)
     latest = final.parent / ".tmp-latest"
     latest.write_text(final.name)
     _sync(latest)
     latest.replace(final.parent / "latest")
     _sync(final.parent)
+    _retain(final.parent, keep)
+    return {}
 
 
-def seal(folder: Path) -> None:
-    """Write the manifest of a step folder: the size and checksum of every file in it."""
-    listing = {str(path.relative_to(folder)): _fingerprint(path) for path in _files(folder)}
+def seal(folder: Path, known: dict[str, Any] | None = None) -> None:
+    """Write the manifest of a step folder: the size and checksum of every file in it, but for ``known`` ones."""
+    names = [str(path.relative_to(folder)) for path in _files(folder)]
+    listing = {name: (known or {}).get(name) or _fingerprint(folder / name) for name in names}
     (folder / MANIFEST).write_text(json.dumps({"files": listing}, indent=2) + "\n")
 
 
-def _unwritten(folder: Path, state: RunState, reason: str, world: World) -> CheckpointError:
-    if world.is_main:
-        remove_leftovers(folder)
+def unwritten(folder: Path, state: RunState, reason: str) -> CheckpointError:
+    """Remove what there is of a checkpoint that could not be written, and say why in words for the user."""
+    remove_leftovers(folder)
     left = steps(folder)
     resume = f"the same command resumes from {left[0].name}" if left else "there is no earlier one"
     return CheckpointError(f"{folder}/step-{state.step} could not be saved: {_plainly(reason, folder)}; {resume}")
@@ -151,10 +154,19 @@ def _plainly(reason: str, folder: Path) -> str:
 
 
 def _retain(folder: Path, keep: int) -> None:
-    for old in steps(folder)[keep or None :]:
-        doomed = folder / f".tmp-old-{old.name}"
-        old.rename(doomed)
+    """Remove all step folders but the newest ``keep`` (0: keep all) and the milestones."""
+    for old in steps(folder)[keep:] if keep else ():
+        if not _stays(old):
+            old.rename(folder / f".tmp-old-{old.name}")
+    for doomed in folder.glob(".tmp-old-*"):
         shutil.rmtree(doomed)
+
+
+def _stays(checkpoint: Path) -> bool:
+    try:
+        return bool(json.loads((checkpoint / STATE).read_text())["milestone"])
+    except (OSError, ValueError, KeyError, TypeError):  # damaged, or of an earlier version
+        return False
 
 
 def remove_leftovers(folder: Path) -> None:

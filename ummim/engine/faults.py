@@ -27,10 +27,6 @@ PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)  # schedulers send either some ti
 ECHO_SECONDS = 2.0  # the terminal and torchrun both pass on the one Ctrl-C
 
 
-class NonFiniteLossError(UserError):
-    """The loss became infinite or not a number; the weights have not been updated with it."""
-
-
 class Interrupts:
     """Turns signals into a flag while the block runs: ``with Interrupts() as interrupts: ... interrupts.code``.
 
@@ -72,42 +68,25 @@ class Agreement(NamedTuple):
     stop: int  # the exit code that any rank asks for; 0: none
     faults: int  # samples that could not be read, on all ranks
     lost: bool  # a rank had nothing to put in a bad sample's place
+    saving: int  # ranks that still write a checkpoint
 
 
-def agree(loss: Tensor, code: int, faults: Sequence[Any], world: World) -> Agreement:
-    """Share one rank's ``loss`` (), exit code and unreadable samples with all others.
+def agree(loss: Tensor, code: int, faults: Sequence[Any], saving: bool, world: World) -> Agreement:
+    """Share one rank's ``loss`` (), exit code, unreadable samples, and whether it still writes a checkpoint.
 
     One small all-reduce per optimizer step: all ranks save and stop after the same one.
     """
-    sums = torch.zeros(5, dtype=torch.float64 if world.device.type == "cpu" else torch.float32, device=world.device)
+    sums = torch.zeros(6, dtype=torch.float64 if world.device.type == "cpu" else torch.float32, device=world.device)
     sums[0] = loss.detach()
     sums[1] = code == EXIT_PREEMPTED
     sums[2] = code == EXIT_INTERRUPT
     sums[3] = sum(fault.attempt == 0 for fault in faults)
     sums[4] = any(fault.replacement is None for fault in faults)
+    sums[5] = saving
     dist.all_reduce(sums)
-    total, preempted, interrupted, unread, lost = sums.tolist()
+    total, preempted, interrupted, unread, lost, writing = sums.tolist()
     stop = EXIT_PREEMPTED if preempted else EXIT_INTERRUPT if interrupted else 0
-    return Agreement(total / world.size, stop, int(unread), lost > 0)
-
-
-def raise_non_finite(step: int, losses: Sequence[Tensor], keys: Sequence[Sequence[str]], world: World) -> None:
-    """End the run: name the step and the samples of the micro-batches whose loss is not finite.
-
-    losses: () each, this rank's micro-batches; keys: the sample keys of each. Every rank must call it.
-    """
-    culprits = [k for loss, batch in zip(losses, keys, strict=True) if not torch.isfinite(loss) for k in batch]
-    everywhere: list[list[str]] = [[] for _ in range(world.size)]
-    dist.all_gather_object(everywhere, culprits)
-    named = [key for rank in everywhere for key in rank]
-    shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
-    raise_together(
-        NonFiniteLossError(
-            f"the loss is not finite at step {step} (samples: {shown or 'no keys'}). The checkpoints before it are "
-            "good: lower optim.base_lr, set optim.clip_grad, or use precision=bf16 or fp32, and run again"
-        ),
-        world,
-    )
+    return Agreement(total / world.size, stop, int(unread), lost > 0, int(writing))
 
 
 def raise_together(error: Exception, world: World) -> NoReturn:

@@ -160,7 +160,7 @@ class Progress:
 
     def show(self, record: dict[str, Any]) -> None:
         """Put the numbers of a logged step before the eye."""
-        loss = f"{record['loss']:.4f}"
+        loss = "not a number" if record["loss"] is None else f"{record['loss']:.4f}"
         rate = f"{record['images_per_second']:.1f} images/s"
         if self._bar is not None:
             self._bar.set_description(f"epoch {record['epoch']:.2f}", refresh=False)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import pickle
 from dataclasses import fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from ummim.engine import zero_state
 from ummim.engine.checkpoint import FOLDER, MANIFEST, STATE, RunState, fault, remove_leftovers, steps
-from ummim.engine.faults import on_main
+from ummim.engine.checkpoint_shards import Contents
+from ummim.engine.faults import on_every_rank, on_main
 from ummim.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -109,7 +110,12 @@ def set_aside(output: Path, paths: list[Path]) -> None:
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """The ``state.json`` of a step folder."""
+    """The ``state.json`` of a step folder. Raises CheckpointError where it is none of this version's."""
+    if any(checkpoint.glob("*_states.pt")):
+        raise CheckpointError(
+            f"{checkpoint} is DeepSpeed's, as earlier versions saved it: finish its run with one of them, or name "
+            "another output; `ummim export` and `reconstruct` still read it"
+        )
     try:
         values = json.loads((checkpoint / STATE).read_text())
         return RunState(**{field.name: values[field.name] for field in fields(RunState)})
@@ -117,11 +123,11 @@ def read_state(checkpoint: Path) -> RunState:
         raise CheckpointError(f"{checkpoint / STATE} cannot be used ({type(error).__name__}: {error})") from error
 
 
-def restore(engine: Any, recipe: Recipe, plan: RunPlan, digest: str, world: World) -> int:
-    """Load what ``recipe.resume`` asks for into the engine; returns the optimizer steps done (0: afresh).
+def restore(engine: Any, recipe: Recipe, plan: RunPlan, digest: str, world: World) -> RunState:
+    """Load what ``recipe.resume`` asks for into the engine; returns where the run stands (at step 0: afresh).
 
-    Raises CheckpointError for a checkpoint of another model, world size, ZeRO stage, precision, batch or data, and
-    for files that hold anything but tensors and plain values.
+    World size, ZeRO stage and precision need not be those that saved it. Raises CheckpointError for a checkpoint of
+    another model, global batch, seed or data, and for files that cannot be read.
     """
 
     def choose() -> Path | None:
@@ -134,22 +140,18 @@ def restore(engine: Any, recipe: Recipe, plan: RunPlan, digest: str, world: Worl
 
     found = on_main(choose, world)
     if found is None:
-        return 0
-    fresh_groups = [dict(group) for group in engine.optimizer.param_groups]
-    try:
-        engine.load_checkpoint(str(found.parent), tag=found.name)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{found} holds more than tensors and plain values: not loaded. {error}") from error
-    for group, fresh in zip(engine.optimizer.param_groups, fresh_groups, strict=True):
-        group.update({name: fresh[name] for name in ("weight_decay", "betas", "eps")})  # the recipe's, not the file's
-    return read_state(found).step
+        return RunState.at(0, recipe, plan, digest, engine.layout)
+    state = on_every_rank(lambda: read_state(found), world)
+    contents = on_every_rank(lambda: Contents(found, state.step, state.layout), world)
+    zero_state.restore(engine, contents, state.optimizer, state.step)
+    saved_by = (state.world_size, state.zero_stage, state.precision)
+    if world.is_main and saved_by != (plan.world_size, recipe.zero_stage, recipe.precision):
+        log.warning("%s was saved at world size %d, zero_stage %d, precision %s", found, *saved_by)
+    return state
 
 
 def _compare(found: Path, then: RunState, now: RunState) -> None:
     remedies = {
-        "world_size": f"start {then.world_size} ranks",
-        "zero_stage": f"set zero_stage={then.zero_stage}",
-        "precision": f"set precision={then.precision}",
         "global_batch": f"set global_batch={then.global_batch}",
         "seed": f"set seed={then.seed}",
         "index_digest": "use the shards it was trained on",

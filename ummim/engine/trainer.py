@@ -8,20 +8,25 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ummim.engine import checkpoint, resume, zero
+from ummim.engine import resume, zero
+from ummim.engine.bad_steps import BadSteps, GoBack, LossMean
+from ummim.engine.checkpoint import is_milestone
+from ummim.engine.checkpoint_saver import Saver
 from ummim.engine.data_faults import FaultLog
-from ummim.engine.faults import Interrupts, agree, raise_non_finite
+from ummim.engine.faults import Interrupts, agree
 from ummim.engine.metrics import Meter, MetricsLog, peak_memory
 from ummim.engine.optim import build_schedule
+from ummim.engine.watchdog import AGREE, BACKWARD, FORWARD, READ, RESTORE, SAVE, START, STEP
 
 if TYPE_CHECKING:
+    from ummim.engine.checkpoint import RunState
     from ummim.engine.zero import World
     from ummim.recipe import Recipe
     from ummim.run_plan import RunPlan
@@ -43,13 +48,17 @@ class Accumulated(NamedTuple):
 
     losses: list[Tensor]
     metrics: dict[str, Tensor]
-    keys: list[list[str]]
+    batches: list[Any]  # as they came from the loader
     faults: list[Any]  # the samples that could not be read
     waited: float  # seconds spent waiting for data
 
     @property
     def loss(self) -> Tensor:
         return torch.stack(self.losses).mean()
+
+
+def unwatched(step: int, phase: str) -> None:
+    """In place of ``Watchdog.beat``."""
 
 
 def train(
@@ -60,19 +69,26 @@ def train(
     digest: str,
     build_batches: Callable[[int], Iterable[Any]],
     on_epoch_end: Callable[[int], None] | None = None,
+    beat: Callable[[int, str], None] = unwatched,
 ) -> int:
     """Start or resume the run that ``recipe`` describes, train to its end, and return the exit code.
 
     digest: of the data's index; a checkpoint of other data is refused. ``build_batches(done)`` yields this rank's
     micro-batches from optimizer step ``done`` on, ``plan.accumulation`` of them per step. ``on_epoch_end(epochs
-    done)`` runs on every rank (ZeRO-3 needs all of them for a forward pass). 0: done; 130, 143: interrupted, and
-    saved. Raises CheckpointError, DataError and UserError.
+    done)`` runs on every rank (ZeRO-3 needs all of them for a forward pass). ``beat``: a watchdog's. 0: done; 130,
+    143: interrupted, and saved. Raises CheckpointError, DataError and UserError.
     """
+    beat(0, START)
     engine = zero.initialize(task, recipe, plan)
-    done = resume.restore(engine, recipe, plan, digest, world)
-    if world.is_main and done:
-        log.warning("resuming %s after step %d of %d", recipe.output, done, plan.stop_step)
-    return fit(engine, build_batches(done), recipe, plan, world, digest, done, on_epoch_end)
+    while True:
+        beat(0, RESTORE)
+        state = resume.restore(engine, recipe, plan, digest, world)
+        if world.is_main and state.step:
+            log.warning("resuming %s after step %d of %d", recipe.output, state.step, plan.stop_step)
+        try:
+            return fit(engine, build_batches(state.step), recipe, plan, world, state, on_epoch_end, beat)
+        except GoBack as back:
+            recipe = replace(recipe, resume=str(back.checkpoint))
 
 
 def fit(
@@ -81,44 +97,54 @@ def fit(
     recipe: Recipe,
     plan: RunPlan,
     world: World,
-    digest: str,
-    done: int,
+    state: RunState,
     on_epoch_end: Callable[[int], None] | None = None,
+    beat: Callable[[int, str], None] = unwatched,
 ) -> int:
-    """Take the optimizer steps from ``done`` to ``plan.stop_step``; see ``train``."""
-    output, meter = Path(recipe.output), Meter()
+    """Take the optimizer steps from ``state`` to ``plan.stop_step``; see ``train``."""
+    done, mean = state.step, LossMean(state.loss_mean, state.loss_count)
+    meter, saver = Meter(), Saver(engine, recipe, plan, state.index_digest, world)
     stream = (batch for batch in batches)  # a generator: closing it ends the loader's workers, whatever happens
     schedule = build_schedule(engine.optimizer, recipe.optim, plan)
-    faults = FaultLog(recipe, plan, done, world)
+
+    def settle() -> None:
+        beat(done + 1, SAVE)
+        saver.wait()
+
+    faults, bad_steps = FaultLog(recipe, plan, done, world), BadSteps(recipe, mean, settle, world)
     with closing(stream), Interrupts() as interrupts, MetricsLog(recipe, plan, done, world) as metrics:
         while done < plan.stop_step:
             begun = time.perf_counter()
             torch.manual_seed(step_seed(recipe.seed, done, world.rank))
             schedule.step_update(done)
             lr = engine.optimizer.param_groups[-1]["lr"]
-            micro = accumulate(engine, stream, plan.accumulation, world.device)
-            loss, stop, bad, lost = agree(micro.loss, interrupts.code, micro.faults, world)
-            too_bad = faults.count(done + 1, micro.faults, bad)
+            left_out = done + 1 in bad_steps.listed
+            micro = accumulate(None if left_out else engine, stream, plan.accumulation, world.device, beat, done + 1)
+            loss, stop, unread, lost, saving = agree(micro.loss, interrupts.code, micro.faults, saver.pending, world)
+            saver.advance(saving)
+            too_bad = faults.count(done + 1, micro.faults, unread)
             if lost:
+                settle()
                 faults.stop(done + 1, saved=False)
-            if not math.isfinite(loss):
-                raise_non_finite(done + 1, micro.losses, micro.keys, world)
-            norm = zero.step(engine)
+            beat(done + 1, STEP)
+            norm = None if left_out else bad_steps.update(engine, done + 1, loss, micro)
             done += 1
             meter.step(time.perf_counter() - begun, micro.waited)
             metrics.advance(done)
             if done % recipe.log_every == 0 or done == plan.stop_step:
-                state = {"step": done, "epoch": done / plan.steps_per_epoch, "samples": done * plan.global_batch}
+                where = {"step": done, "epoch": done / plan.steps_per_epoch, "samples": done * plan.global_batch}
                 record = {"loss": loss, "lr": lr, "grad_norm": norm, **meter.read(plan.global_batch)}
-                extra = {"data_faults": faults.total, "peak_memory_mib": peak_memory(world.device)}
-                extra.update(average(micro.metrics, world))
-                metrics.log({**state, **record, **extra})
+                extra: dict[str, float] = {"data_faults": faults.total, "bad_steps": len(bad_steps.listed)}
+                extra |= {"peak_memory_mib": peak_memory(world.device)}
+                metrics.log({**where, **record, **extra, **average(micro.metrics, world)})
             if on_epoch_end is not None and done % plan.steps_per_epoch == 0:
                 on_epoch_end(done // plan.steps_per_epoch)
+            beat(done, SAVE)
             due = recipe.checkpoint_every and done % recipe.checkpoint_every == 0
-            if stop or too_bad or due or done == plan.stop_step:
-                reached = checkpoint.RunState.at(done, recipe, plan, digest, engine.layout)
-                checkpoint.save(engine, output, reached, recipe.keep_checkpoints, world)
+            if stop or too_bad or due or is_milestone(done, recipe, plan) or done == plan.stop_step:
+                saver.save(done, bad_steps.mean)
+            if stop or too_bad or done == plan.stop_step:
+                saver.wait()
             if too_bad:
                 faults.stop(done, saved=True)
             if stop:
@@ -133,27 +159,44 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest(), "big")
 
 
-def accumulate(engine: Any, stream: Iterator[Any], count: int, device: torch.device) -> Accumulated:
-    """Forward and backward of ``count`` micro-batches; the last one leaves the gradients reduced over the ranks."""
+def accumulate(
+    engine: Any,
+    stream: Iterator[Any],
+    count: int,
+    device: torch.device,
+    beat: Callable[[int, str], None] = unwatched,
+    step: int = 1,
+) -> Accumulated:
+    """Forward and backward of ``count`` micro-batches; the last one leaves the gradients reduced over the ranks.
+
+    Without an ``engine`` they are read and left out; the loss is then not a number.
+    """
     losses: list[Tensor] = []
     totals: dict[str, Tensor] = {}
-    keys: list[list[str]] = []
+    batches: list[Any] = []
     faults: list[Any] = []
     waited = 0.0
     for index in range(count):
+        beat(step, READ)
         asked = time.perf_counter()
         batch = next(stream)
         waited += time.perf_counter() - asked
+        batches.append(batch)
+        faults += batch.faults
+        if engine is None:
+            losses.append(torch.full((), math.nan))
+            continue
+        beat(step, FORWARD)
         output = engine(batch.to(device, non_blocking=True))
+        beat(step, BACKWARD)
         zero.backward(engine, output.loss)
         if index < count - 1:
             engine.step()  # not at the boundary yet: DeepSpeed only counts
         losses.append(output.loss.detach())
-        keys.append(batch.keys)
-        faults += batch.faults
         for name, value in output.metrics.items():
             totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach() / count
-    return Accumulated(losses, totals, keys, faults, waited)
+    beat(step, AGREE)
+    return Accumulated(losses, totals, batches, faults, waited)
 
 
 def average(metrics: dict[str, Tensor], world: World) -> dict[str, float]:

@@ -1,6 +1,6 @@
-"""DeepSpeed behind one door: start, configuration, activation checkpointing, backward, step, state.
+"""DeepSpeed behind one door: start, configuration, activation checkpointing, backward, step.
 
-The only file that imports deepspeed or fairscale, always inside a function: the import takes seconds. No
+With ``zero_state`` the only file that imports deepspeed or fairscale, always inside a function: it takes seconds. No
 operator is ever compiled: a first start needs neither a C++ compiler nor ninja, and no lock file is taken
 that a killed start could leave behind. Checked with deepspeed 0.19.8; what is mended here by hand says so.
 """
@@ -11,12 +11,14 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ummim.engine.network import choose_interface
 from ummim.engine.optim import build_optimizer
 from ummim.errors import RecipeError, UserError
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from ummim.recipe import Recipe
     from ummim.run_plan import RunPlan
 
+GROUP_TIMEOUT = timedelta(minutes=30)  # of a collective: the watchdog finds faults long before
 RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 # DeepSpeed keys that the recipe owns, and the recipe's name for each.
@@ -67,7 +71,7 @@ def setup_distributed() -> World:
     """Join the process group: gloo on CPU, nccl on CUDA; alone, when no launcher set the rendezvous.
 
     Works the same under ``python``, ``torchrun`` and ``deepspeed``. Raises UserError if only a part of the
-    rendezvous variables is set.
+    rendezvous variables is set, or if no network interface can be told.
     """
     missing = [name for name in RENDEZVOUS if not os.environ.get(name)]
     if "RANK" not in missing and missing:
@@ -79,12 +83,14 @@ def setup_distributed() -> World:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(zip(RENDEZVOUS, ("0", "0", "1", "127.0.0.1", str(port)), strict=True))
+    choose_interface()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else its first line is a warning that it found none
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
 
     import deepspeed
     from deepspeed.accelerator import get_accelerator
+    from torch.distributed import distributed_c10d
 
     # An empty table says that no operator can be built, and skips the probing of compilers as well.
     deepspeed.ops.__compatible_ops__ = {}
@@ -93,7 +99,9 @@ def setup_distributed() -> World:
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(local_rank)
         device = torch.device(get_accelerator().device_name(local_rank))
-    deepspeed.init_distributed(verbose=False)
+    # ZeRO makes groups of its own, whose timeout is torch's default: for NCCL, that is less than a checkpoint may take
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = GROUP_TIMEOUT
+    deepspeed.init_distributed(verbose=False, timeout=GROUP_TIMEOUT)
     return World(int(os.environ["RANK"]), local_rank, int(os.environ["WORLD_SIZE"]), device)
 
 
@@ -182,7 +190,7 @@ def initialize(task: nn.Module, recipe: Recipe, plan: RunPlan) -> Any:
     """Wrap ``task`` into a DeepSpeed engine with AdamW and the recipe's activation checkpointing.
 
     ``engine.frozen``: on rank 0, the float32 values of frozen parameters, which DeepSpeed casts with the others.
-    ``engine.layout``: a digest of all names and shapes, by which a checkpoint knows its model.
+    ``engine.layout``: a digest of all names and shapes and of what is trained, by which a checkpoint knows its model.
     Raises UserError for a precision that the device cannot compute in.
     """
     import deepspeed
@@ -196,7 +204,7 @@ def initialize(task: nn.Module, recipe: Recipe, plan: RunPlan) -> Any:
     apply_activation_checkpointing(task.blocks(), recipe.activation_checkpointing)  # type: ignore[operator]
     frozen = {name: p.detach().clone() for name, p in task.named_parameters() if not p.requires_grad}
     buffers = {name: b.detach().clone() for name, b in task.named_buffers()}
-    shapes = repr([(name, tuple(value.shape)) for name, value in task.state_dict().items()])
+    shapes = repr([(name, tuple(value.shape), name in frozen) for name, value in task.state_dict().items()])
     optimizer = build_optimizer(task, recipe.optim)
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use, six times
         config = deepspeed_config(recipe, plan)
@@ -205,8 +213,6 @@ def initialize(task: nn.Module, recipe: Recipe, plan: RunPlan) -> Any:
         module, _, leaf = name.rpartition(".")
         engine.module.get_submodule(module)._buffers[leaf] = value.to(engine.device)
     optimizer.state.clear()  # without ZeRO, the 16-bit wrapper has run Adam's first step on zeros
-    engine.checkpoint_engine = _checkpoint_files()
-    engine._copy_recovery_script = lambda folder: None  # it may fail on one rank alone and leave the others waiting
     engine.frozen = frozen if torch.distributed.get_rank() == 0 else {}
     engine.layout = hashlib.sha256(shapes.encode()).hexdigest()
     return engine
@@ -219,80 +225,32 @@ def backward(engine: Any, loss: Tensor) -> None:
     engine.backward(loss)
 
 
-def step(engine: Any) -> float | None:
+def step(engine: Any, drop: bool = False) -> float | None:
     """Take the optimizer step and return the global gradient norm before clipping, the same on every rank.
 
-    None where a float16 overflow skipped the step.
+    None where no weight has changed: a gradient that is not finite, by a float16 overflow or otherwise, or ``drop``.
     """
     norm: Any = None
     if not engine.zero_optimization() and not engine.fp16_enabled() and not engine.bfloat16_enabled():
         norm = nn.utils.get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
+        drop = drop or not math.isfinite(norm)  # DeepSpeed looks at 16-bit and ZeRO's gradients only
     scale = engine.optimizer.loss_scale if engine.fp16_enabled() and not engine.zero_optimization() else 1.0
-    engine.step()
-    if not engine.was_step_applied():
+    with _dropping(engine) if drop else contextlib.nullcontext():
+        engine.step()
+    if drop or not engine.was_step_applied():
         return None
     return float(engine.get_global_grad_norm() if norm is None else norm) / scale
 
 
-def full_state_dict(engine: Any) -> dict[str, Tensor]:
-    """All weights in float32 and all saved buffers, on the CPU of rank 0; {} on the others.
-
-    Every rank must call it. The values are the optimizer's float32 master weights, whatever the ZeRO stage; keys
-    are those of ``task.state_dict()``. Nothing shares memory.
-    """
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    main = torch.distributed.get_rank() == 0
-    wrapped = engine.optimizer
-    masters: dict[int, Tensor] = {}  # the 16-bit wrapper without ZeRO keeps them in a list of its own
-    for low, high in zip(getattr(wrapped, "fp16_groups", []), getattr(wrapped, "fp32_groups", []), strict=False):
-        masters.update({id(p): master for p, master in zip(low, high, strict=True)})
-    state: dict[str, Tensor] = {}
-    names = engine.module.state_dict().keys()
-    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
-        if name in engine.frozen or not parameter.requires_grad:
-            value = engine.frozen.get(name)
-        elif engine.zero_optimization():
-            value = safe_get_full_fp32_param(parameter)
-        else:
-            value = masters.get(id(parameter), parameter)
-        if main and value is not None:
-            state[name] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
-    if main:
-        buffers = {name: b for name, b in engine.module.named_buffers() if name in names}
-        state.update({name: b.detach().to("cpu", copy=True).contiguous() for name, b in buffers.items()})
-    return state
-
-
-def _checkpoint_files() -> Any:
-    """DeepSpeed's reader and writer of files, made safe.
-
-    Reading: ``weights_only=True`` with the four classes that ZeRO's own state holds; DeepSpeed's unpickles anything.
-    Writing: flushed to the disk, and an error is kept in ``.error`` instead of raised, so that the ranks meet at
-    DeepSpeed's barriers and ``checkpoint.save`` can agree on what went wrong.
-    """
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    class SafeFiles(TorchCheckpointEngine):
-        error: Exception | None = None
-        written: list[str]  # the files of one checkpoint, set before it
-
-        def save(self, state_dict: Any, path: str) -> None:
-            try:
-                self.written.append(path)
-                with Path(path).open("wb") as file:
-                    torch.save(state_dict, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-            except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-                self.error = error
-
-        def load(self, path: str, map_location: Any = None) -> Any:
-            known = [fragment_address, DynamicLossScaler, LossScaler, ZeroStageEnum]
-            with torch.serialization.safe_globals(known):
-                return torch.load(path, map_location=map_location, weights_only=True)
-
-    return SafeFiles()
+@contextlib.contextmanager
+def _dropping(engine: Any) -> Iterator[None]:
+    """DeepSpeed takes its step, and clears its gradients, but the AdamW inside it does nothing."""
+    wrapped, inner = engine.optimizer, engine.basic_optimizer
+    linked = getattr(wrapped, "_hp_optimizer_states_linked", None)
+    inner.step = lambda closure=None: None
+    try:
+        yield
+    finally:
+        del inner.step
+        if linked is False:  # there were no moments yet that it could have linked
+            wrapped._hp_optimizer_states_linked = False

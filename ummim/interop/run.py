@@ -4,9 +4,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from ummim.engine.checkpoint import FOLDER, WEIGHTS, fault
-from ummim.engine.resume import newest_valid
+from ummim.engine.checkpoint_shards import Contents
+from ummim.engine.resume import newest_valid, read_state
 from ummim.errors import CheckpointError
 from ummim.methods.api import Method
 from ummim.recipe import Recipe
@@ -30,17 +32,24 @@ def load_run(path: str | Path) -> tuple[Recipe, Method, Path]:
         raise CheckpointError(f"{checkpoint}: has no recipe.yaml; give a folder that train.py wrote")
     recipe = load_recipe(str(recipe_file))
     method = recipe.method.for_inference().build(recipe.data.image_size, recipe.partial, recipe.throw_ratio > 0)
-    try:
-        tensors = load_file(checkpoint / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{checkpoint / WEIGHTS}: cannot be read ({error}); use another checkpoint") from None
-    weights = {key.removeprefix(_PREFIX): tensor.float() for key, tensor in tensors.items()}
+    weights = {key.removeprefix(_PREFIX): tensor.float() for key, tensor in _tensors(checkpoint).items()}
     try:
         method.load_state_dict(weights)
     except RuntimeError as error:
         problem = " ".join(str(error).split())
-        raise CheckpointError(f"{checkpoint / WEIGHTS}: does not fit {recipe_file}: {problem}") from None
+        raise CheckpointError(f"{checkpoint}: the weights do not fit {recipe_file}: {problem}") from None
     return recipe, method.eval(), checkpoint
+
+
+def _tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """All weights of a step folder: from its one file, if it is a milestone's, or from those of the ranks."""
+    if not (checkpoint / WEIGHTS).is_file():
+        state = read_state(checkpoint)
+        return Contents(checkpoint, state.step, state.layout).weights()
+    try:
+        return load_file(checkpoint / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{checkpoint / WEIGHTS}: cannot be read ({error}); use another checkpoint") from None
 
 
 def _checkpoint(path: Path) -> Path:

@@ -3,7 +3,8 @@
 from ummim.masking.attention import AttentionMaskConfig, AttentionSampler
 from ummim.masking.furthest import furthest_sample
 from ummim.masking.plan import MaskPlan, SamplePlan
-from ummim.masking.samplers import MaskConfig, PlanSampler, sample_seed
+from ummim.masking.samplers import MaskConfig, PlanSampler
+from ummim.seeds import sample_seed
 
 __all__ = [
     "AttentionMaskConfig",

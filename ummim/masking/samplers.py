@@ -4,7 +4,6 @@ Randomness is counter-based: draw ``i`` of a sample is a hash of (its 64-bit see
 (run seed, epoch, sample key). A plan is therefore a pure function of these, whatever the ranks and workers.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +14,7 @@ from numba import int64, uint64
 from ummim.masking.compiled import compiled
 from ummim.masking.furthest import furthest
 from ummim.masking.plan import MaskPlan, SamplePlan
+from ummim.seeds import sample_seed
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,6 @@ class MaskConfig:
     throw_unit: int = 1
     unit: int = 1
     shared_by: int = 1
-
-
-def sample_seed(seed: int, epoch: int, key: str) -> int:
-    """64-bit seed of a sample, the same on every rank, worker and machine."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
 
 
 @compiled

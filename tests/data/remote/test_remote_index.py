@@ -210,6 +210,34 @@ def test_a_dead_server_ends_the_opening_after_the_stated_time(shards: Path, tmp_
         ShardIndex.open(server.url, ShardCache(tmp_path / "cache", 10**6, retry_seconds=0.05))
 
 
+def test_a_run_whose_shards_are_here_starts_without_the_server(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The order is that of the index as last seen; which shards it names, and what is in them, cannot be stale."""
+    cache = ShardCache(tmp_path / "cache", 10**6, retry_seconds=0.2)
+    with Server(shards) as server:
+        index = ShardIndex.open(server.url, cache)
+        reader = ShardReader(index)
+        seen = [reader.read(row) for row in range(24)]
+        reader.close()
+    again = ShardIndex.open(server.url, ShardCache(tmp_path / "cache", 10**6, retry_seconds=0.2))
+    again.check()
+    assert "Connection refused (given up after 0.2 s" in caplog.text
+    assert "Going on with the copy of the index that is in the cache" in caplog.text
+    assert again.digest == index.digest
+    reader = ShardReader(pickle.loads(pickle.dumps(again)), sparse=True)  # noqa: S301  (our own bytes)
+    assert [reader.read(row) for row in range(24)] == seen
+    reader.close()
+    cache.path(again.shards[5].sha256).unlink()
+    with pytest.raises(SourceDown):
+        again.check()
+    with Server(shards, int(server.url.rpartition(":")[2])) as server:  # up again
+        write_shards(shards, samples=3, seed=1)
+        assert len(ShardIndex.open(server.url, cache)) == 18
+        (shards / "index.json").unlink()
+        assert "index.json: HTTP 404" in refused(server.url, cache)  # an answer counts, whatever is here
+
+
 def test_recipe_keys_make_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
