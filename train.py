@@ -8,6 +8,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_main(lambda: _run(options))
     except KeyboardInterrupt:  # before there was anything to save
         return EXIT_INTERRUPT
+    finally:
+        if "torch" in sys.modules:  # gloo's threads drop their last tensors: too late, it would abort (pytorch#179291)
+            time.sleep(0.2)
 
 
 def _run(options: argparse.Namespace) -> int:

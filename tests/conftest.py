@@ -51,7 +51,13 @@ figure_images: 2
 tensorboard: false
 """
 
-LONGEST = ("test_parallel.py", "test_train.py", "test_stages.py", "test_attention_maps.py")  # files, by their time
+LONGEST = (  # files, by their time
+    "test_jobs_on_hosts.py",
+    "test_parallel.py",
+    "test_train.py",
+    "test_stages.py",
+    "test_attention_maps.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,9 +1,10 @@
 """Train real methods under many strategies in one process group; rank 0 prints a JSON line of numbers per case.
 
-Arguments: a folder for the runs, and a JSON list of cases, each a list of a recipe file and ``key=value`` overrides.
-A line holds each step's ``losses`` and ``norms``. No checkpoint is written.
+Arguments: a folder for the runs, and a file with a JSON list of cases, each a list of a recipe file and ``key=value``
+overrides. A line holds each step's ``losses`` and ``norms``, and the ``accumulation``. No checkpoint is written.
 """
 
+import gc
 import json
 import sys
 import traceback
@@ -61,7 +62,7 @@ def picture(place: int, size: int) -> torch.Tensor:
     return torch.nn.functional.interpolate(small, size, mode="bilinear")[0].mul(255).byte()
 
 
-def run(recipe: Recipe, world: zero.World) -> dict[str, list[float]]:
+def run(recipe: Recipe, world: zero.World) -> dict[str, Any]:
     """One case from its first step to its last; the numbers are rank 0's."""
     plan = recipe.plan(world.size, samples=20 * recipe.global_batch)
     torch.manual_seed(recipe.seed)
@@ -71,14 +72,16 @@ def run(recipe: Recipe, world: zero.World) -> dict[str, list[float]]:
     if not world.is_main:
         return {}
     lines = [json.loads(line) for line in (Path(recipe.output) / FILE).read_text().splitlines()]
-    return {"losses": [line["loss"] for line in lines], "norms": [line["grad_norm"] for line in lines]}
+    losses, norms = [line["loss"] for line in lines], [line["grad_norm"] for line in lines]
+    return {"losses": losses, "norms": norms, "accumulation": plan.accumulation}
 
 
 def main() -> None:
     trainer.Saver = NoCheckpoints  # type: ignore[assignment, misc]
     world = zero.setup_distributed()
-    for number, (file, *overrides) in enumerate(json.loads(sys.argv[2])):
-        recipe = load_recipe(file, [*overrides, f"output={sys.argv[1]}/{world.size}-{number}"])
+    gc.freeze()  # a million objects of the libraries, which each of DeepSpeed's collections would go through
+    for number, (file, *overrides) in enumerate(json.loads(Path(sys.argv[2]).read_text())):
+        recipe = load_recipe(file, [*overrides, f"output={sys.argv[1]}/{number}"])
         try:
             numbers = run(recipe, world)
         except BaseException:

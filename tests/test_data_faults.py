@@ -48,6 +48,16 @@ def run(*command: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
 
 
+def forks(pid: int) -> list[int]:
+    """The children of a process that run its own program, as its data workers do and its guardian does not."""
+
+    def command(process: int | str) -> bytes:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if command(child) == command(pid)]
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -114,9 +124,8 @@ def test_a_killed_worker_changes_no_bit(shards: Path, write_recipe: Any, tmp_pat
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         while victim and process.poll() is None:
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            if children and (tmp_path / name / "metrics.jsonl").exists():
-                os.kill(int(children[-1]), signal.SIGKILL)
+            if (workers := forks(process.pid)) and (tmp_path / name / "metrics.jsonl").exists():
+                os.kill(workers[-1], signal.SIGKILL)
                 break
             time.sleep(0.01)
         _, errors = process.communicate(timeout=120)

@@ -1,4 +1,5 @@
-"""Command line: ``ummim recipes``, ``show``, ``cost``, ``capacity``, ``export``, ``reconstruct``, ``replay``."""
+"""Command line: ``ummim recipes``, ``show``, ``cost``, ``capacity``, ``export``, ``reconstruct``, ``replay``,
+``preflight``, ``status``."""
 
 import argparse
 import sys

@@ -11,12 +11,29 @@ from tempfile import mkdtemp
 
 import torch
 
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
 from tests.engine.toy import ToyPlan, ToyRecipe, build_toy, toy_batches
 from ummim.engine import zero, zero_state
 from ummim.engine.metrics import FILE
 from ummim.engine.resume import restore
 from ummim.engine.trainer import fit
 from ummim.errors import UserError
+
+
+class Reductions(TorchDispatchMode):
+    """The types in which gradients are reduced over the ranks; other collectives that add are of fewer numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.types = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d" and "reduce" in func.__name__:
+            tensors = [value for value in tree_leaves(args) if isinstance(value, torch.Tensor)]
+            self.types |= {str(value.dtype) for value in tensors if value.numel() > 1000}
+        return func(*args, **(kwargs or {}))
 
 
 def train(case, plan, world, folder, resume="auto"):

@@ -110,6 +110,17 @@ def test_a_forked_worker_does_not_answer_for_the_run():
         assert interrupts.code == 0
 
 
+def test_a_signal_that_comes_after_the_save_does_not_kill():
+    """As where a scheduler signals each rank, and another one's signal has already made all of them save and leave."""
+    child = os.fork()
+    if child == 0:
+        with Interrupts() as interrupts:
+            interrupts.leave()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_a_run_stopped_by_hand_goes_on(tmp_path):
     """A real SIGTERM from outside at a moment of its own choosing, then the same command."""
     arguments: dict[str, Any] = {"recipe": {"output": str(tmp_path)}, "plan": {"stop_step": 2000, "total_steps": 2000}}

@@ -31,6 +31,7 @@ class _ToyRecipe:
     milestone_every: int = 0
     zero_stage: int = 0
     precision: str = "fp32"
+    reduce_precision: str | None = None
     activation_checkpointing: str = "none"
     ds_config: str | None = None
     data: DataConfig = DataConfig("toy")
@@ -39,7 +40,7 @@ class _ToyRecipe:
     tensorboard: bool = False
     wandb: str | None = None
     resume: str = "auto"
-    hang_seconds: float = 45
+    hang_seconds: float = 40
     compile: bool = False
 
 

@@ -12,10 +12,6 @@ from tests.conftest import TINY_MAE
 from tests.launch.hosts import Hosts, why_not
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "namespaces: makes hosts of Linux namespaces; needs root, sshd, pdsh and ip")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("namespaces")]
     if marked and (reason := why_not()):

@@ -90,9 +90,7 @@ def test_deepspeed_on_two_hosts_is_preempted_and_goes_on_with_zero_3_on_three(
     assert losses(output) == pytest.approx(undisturbed, rel=1e-5)
 
 
-def test_torchrun_brings_a_killed_rank_back_and_ends_when_a_host_is_cut_off(
-    hosts: Hosts, recipe: Path, undisturbed: list[float], tmp_path: Path
-):
+def test_torchrun_brings_a_killed_rank_back_and_ends_when_a_host_is_cut_off(hosts: Hosts, recipe: Path, tmp_path: Path):
     output = tmp_path / "run"
     env = hosts.environment(
         PYTHON=sys.executable, NNODES="2", NPROC_PER_NODE="1", MAX_RESTARTS="1", RDZV_ENDPOINT="host1:29400"

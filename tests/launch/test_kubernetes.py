@@ -28,7 +28,7 @@ def test_the_pods_find_the_first_of_them(manifest: tuple[dict[str, Any], dict[st
     assert pod["subdomain"] == service["metadata"]["name"]
     assert port.isdigit()
     assert job["spec"]["completions"] == job["spec"]["parallelism"] == int(variables["NNODES"])
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(variables["NPROC_PER_NODE"])
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == variables["NPROC_PER_NODE"]
 
 
 def test_a_pod_has_time_to_save_and_its_143_is_no_failure(manifest: tuple[dict[str, Any], dict[str, Any]]):

@@ -31,11 +31,12 @@ class Interrupts:
     """Turns signals into a flag while the block runs: ``with Interrupts() as interrupts: ... interrupts.code``.
 
     The first Ctrl-C, SIGTERM or SIGUSR1 asks for a save at the end of the optimizer step; a second Ctrl-C ends
-    the process at once.
+    the process at once. Once all ranks ``leave``, a SIGTERM or SIGUSR1 says nothing new, and is ignored from then on.
     """
 
     def __init__(self) -> None:
         self.code = 0
+        self._leaving = False
         self._first = 0.0
         self._pid = os.getpid()
         self._previous: dict[int, Any] = {}
@@ -47,7 +48,11 @@ class Interrupts:
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self._leaving and number in PREEMPTIONS else handler)
+
+    def leave(self) -> None:
+        """All ranks have saved and end: a signal that reaches this one later than others must not kill it now."""
+        self._leaving = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:

@@ -148,6 +148,7 @@ def fit(
             if too_bad:
                 faults.stop(done, saved=True)
             if stop:
+                interrupts.leave()
                 if world.is_main:
                     log.warning("stopped after step %d, saved; the same command goes on from here", done)
                 return stop

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,7 @@ OWNED = {
     "amp": "precision",
     "torch_autocast": "precision",
     "data_types": "precision",
+    "communication_data_type": "reduce_precision",
 }
 
 
@@ -90,10 +91,12 @@ def setup_distributed() -> World:
 
     import deepspeed
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import numa
     from torch.distributed import distributed_c10d
 
     # An empty table says that no operator can be built, and skips the probing of compilers as well.
     deepspeed.ops.__compatible_ops__ = {}
+    numa.get_numa_cores = cache(numa.get_numa_cores)  # ZeRO-3 on a CPU would start numactl at every micro-batch
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cpu")
     if get_accelerator().device_name() != "cpu":
@@ -146,6 +149,8 @@ def deepspeed_config(recipe: Recipe, plan: RunPlan) -> dict[str, Any]:
         config[recipe.precision] = {"enabled": True}
     if recipe.precision == "bf16" and recipe.zero_stage > 0:  # DeepSpeed refuses the mix without ZeRO
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if recipe.reduce_precision is not None:
+        config["communication_data_type"] = recipe.reduce_precision
     return config
 
 
