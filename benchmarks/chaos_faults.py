@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from chaos_job import Job
+from chaos_job import Job, parent
 
 FILLER = "filler"  # the file, beside the run's folder, that fills the disk
 HOST = r"host\d+"
@@ -63,8 +63,8 @@ def kill(start: str, word: str, host: int | None = None) -> Callable[[Job, Path,
 
     def inject(job: Job, output: Path, rng: random.Random) -> str:
         name = rng.choice(job.hosts.names) if host is None else job.hosts.names[host]
-        found = job.hosts.processes(name, word)
-        return send(job, name, [pid for pid, line in found.items() if line.startswith(start)], signal.SIGKILL)
+        found = [pid for pid, line in job.hosts.processes(name, word).items() if line.startswith(start)]
+        return send(job, name, [pid for pid in found if parent(pid) not in found], signal.SIGKILL)
 
     return inject
 
@@ -100,6 +100,7 @@ def mend(job: Job, output: Path) -> None:
 
 PYTHON = sys.executable
 LAUNCH, GONE = "deepspeed.launcher.launch", rf"the launcher of {RANK} is gone"
+SUPERVISOR = "this job's supervisor was killed"
 DEEPSPEED, TORCHRUN = ("deepspeed",), ("torchrun",)
 LIVE = (
     Kind("rank killed", to_rank(signal.SIGKILL), rf"{RANK} was killed or crashed in"),
@@ -110,11 +111,11 @@ LIVE = (
     Kind("disk full", fill, r"disk full|No space left"),
     Kind("launch.py of the first host killed", kill(PYTHON, LAUNCH, 0), GONE, DEEPSPEED),
     Kind("launch.py of the other host killed", kill(PYTHON, LAUNCH, -1), GONE, DEEPSPEED),
-    Kind("pdsh killed", kill("pdsh", LAUNCH, 0), "launcher", DEEPSPEED),
-    Kind("deepspeed killed", kill(PYTHON, "deepspeed --hostfile", 0), "launcher", DEEPSPEED),
-    Kind("supervisor killed", kill(PYTHON, "ummim.cluster.deepspeed_job", 0), "supervisor", DEEPSPEED),
+    Kind("pdsh killed", kill("pdsh", LAUNCH, 0), "the launcher ended with exit code 0 before the run", DEEPSPEED),
+    Kind("deepspeed killed", kill(PYTHON, "deepspeed --hostfile", 0), "the launcher was killed by SIGKILL", DEEPSPEED),
+    Kind("supervisor killed", kill(PYTHON, "ummim.cluster.deepspeed_job", 0), SUPERVISOR, DEEPSPEED),
     Kind("torchrun killed", kill(PYTHON, "torch.distributed.run"), GONE, TORCHRUN),
-    Kind("supervisor killed", kill(PYTHON, "ummim.cluster.supervise"), "supervisor", TORCHRUN),
+    Kind("supervisor killed", kill(PYTHON, "ummim.cluster.supervise"), SUPERVISOR, TORCHRUN),
 )
 
 TRUNCATED, DELETED, FLIPPED = "file truncated", "file deleted", "byte flipped"

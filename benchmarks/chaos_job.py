@@ -95,12 +95,12 @@ class Job:
 
     def ranks(self, name: str) -> list[int]:
         found = self._train(name)
-        return [pid for pid in found if _parent(pid) not in found]
+        return [pid for pid in found if parent(pid) not in found]
 
     def workers(self, name: str) -> list[int]:
         """Loader workers, which are forks of their ranks."""
         found = self._train(name)
-        return [pid for pid in found if _parent(pid) in found]
+        return [pid for pid in found if parent(pid) in found]
 
     def _train(self, name: str) -> list[int]:
         return [pid for pid, line in self.hosts.processes(name).items() if line.startswith(RANK)]
@@ -121,7 +121,8 @@ class Job:
             process.wait()
 
 
-def _parent(pid: int) -> int:
+def parent(pid: int) -> int:
+    """The process above another one; 0 if that is gone."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,7 @@ class Collectives(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.bytes = Counter()
+        self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
@@ -97,7 +98,7 @@ def states(case, world, folder):
             zero.step(engine)
     found["collectives"] = dict(collectives.bytes)
     engine.destroy()
-    everyone = [None] * world.size
+    everyone: list[Any] = [None] * world.size
     dist.all_gather_object(everyone, found)
     return everyone
 
@@ -121,7 +122,7 @@ def activations(case, world):
     engine = zero.initialize(Pretraining(method), recipe, plan)
     fused = F.scaled_dot_product_attention
     if case["plain"]:
-        F.scaled_dot_product_attention = plain_attention
+        F.scaled_dot_product_attention = plain_attention  # type: ignore[assignment]
     stream = batches(recipe, plan, 0, 0)
     zero.backward(engine, engine(next(stream)).loss)  # gradients exist from here on
     engine.step()

@@ -28,8 +28,8 @@ STATES = [
     for precision in ("fp32", "bf16", "fp16")
     for stage in range(4)
 ]
-CUT = {"zero_stage": 3, "precision": "bf16"}
-NOTHING_PERSISTS = {**CUT, "zero": {**SMALL[3], "stage3_param_persistence_threshold": 0}}
+CUT: dict[str, Any] = {"zero_stage": 3, "precision": "bf16"}
+NOTHING_PERSISTS: dict[str, Any] = {**CUT, "zero": {**SMALL[3], "stage3_param_persistence_threshold": 0}}
 LET_GO = {**CUT, "zero": {**NOTHING_PERSISTS["zero"], "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}}
 TO_OWNERS = {"zero_stage": 2, "precision": "bf16", "zero": {**SMALL[2], "use_multi_rank_bucket_allreduce": False}}
 TWO_RANKS = [*STATES, NOTHING_PERSISTS, LET_GO, TO_OWNERS]

@@ -1,6 +1,7 @@
 """Train the toy under every ZeRO stage, precision and activation checkpointing, in one process group.
 
-Prints one JSON line per case on rank 0: losses, gradient norms, and a digest of the consolidated weights.
+Prints one JSON line per case on rank 0: losses, gradient norms, a digest of the consolidated weights, and the types in
+which gradients were reduced.
 """
 
 import json
@@ -10,7 +11,6 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import torch
-
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -57,7 +57,8 @@ def main():
         try:
             if split:
                 train(dict(case), ToyPlan(stop_step=split), world, folder)
-            weights = train(dict(case), ToyPlan(), world, folder)
+            with Reductions() as reductions:
+                weights = train(dict(case), ToyPlan(), world, folder)
         except UserError as error:  # a CPU without float16; every rank gets it
             if world.is_main:
                 print(json.dumps({"error": str(error)}), flush=True)
@@ -69,7 +70,8 @@ def main():
             lines = [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
             sums = {name: value.double().sum().item() for name, value in weights.items()}
             losses, norms = [r["loss"] for r in lines], [r["grad_norm"] for r in lines]
-            print(json.dumps({"losses": losses, "norms": norms, "sums": sums}), flush=True)
+            reduced = sorted(reductions.types)
+            print(json.dumps({"losses": losses, "norms": norms, "sums": sums, "reduced": reduced}), flush=True)
     zero.shutdown()
 
 

@@ -22,6 +22,12 @@ RESUMED = [
     for precision in ("fp32", "bf16", "fp16")
     for stage in range(4)
 ]
+REDUCED: list[dict[str, Any]] = [
+    {"zero_stage": stage, "precision": precision, "reduce_precision": reduced}
+    for stage in range(4)
+    for precision, reduced in (("bf16", "fp32"), ("fp32", "bf16"))
+]
+TYPES = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
 
 
 def name(case):
@@ -31,7 +37,7 @@ def name(case):
 @pytest.fixture(scope="module")
 def results():
     """The outcome of every case, by its values: losses, gradient norms, sums of the consolidated weights."""
-    cases = FP32 + CHECKPOINTED + HALF + RESUMED
+    cases = FP32 + CHECKPOINTED + HALF + RESUMED + REDUCED
     job = run(2, "stages", cases)
     assert job.returncode == 0, job.stderr
     lines = [json.loads(line) for line in job.stdout.splitlines() if line.startswith("{")]
@@ -76,6 +82,19 @@ def test_half_precision_stays_near_fp32_and_stages_near_each_other(results, case
         near, nearer = {"bf16": (5e-3, 1e-3), "fp16": (1e-3, 1e-4)}[case["precision"]]
         assert found["losses"] == pytest.approx(results["0"]["losses"], rel=near)
         assert found["losses"] == pytest.approx(results[f"0 {case['precision']}"]["losses"], rel=nearer)
+        assert found["norms"] == pytest.approx(results["0"]["norms"], rel=2e-2)
+
+
+@pytest.mark.parametrize("case", FP32 + HALF + REDUCED, ids=name)
+def test_gradients_are_reduced_in_the_type_asked_for(results, case):
+    """Without a key, in that of the weights. The run stays near that of fp32 in any case."""
+    found = results[name(case)]
+    if "error" not in found:
+        wanted = case.get("reduce_precision", case.get("precision", "fp32"))
+        assert found["reduced"] == [
+            {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}[wanted]
+        ]
+        assert found["losses"] == pytest.approx(results["0"]["losses"], rel=5e-3)
         assert found["norms"] == pytest.approx(results["0"]["norms"], rel=2e-2)
 
 

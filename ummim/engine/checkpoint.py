@@ -81,6 +81,12 @@ def is_milestone(step: int, recipe: Recipe, plan: RunPlan) -> bool:
     return bool(recipe.milestone_every) and step % (recipe.milestone_every * plan.steps_per_epoch) == 0
 
 
+def is_due(step: int, recipe: Recipe, plan: RunPlan) -> bool:
+    """Whether a checkpoint is written after ``step`` optimizer steps."""
+    regular = bool(recipe.checkpoint_every) and step % recipe.checkpoint_every == 0
+    return regular or is_milestone(step, recipe, plan) or step == plan.stop_step
+
+
 def prepare(temporary: Path) -> None:
     """Make the folder that a checkpoint is written in. Raises CheckpointError if that cannot be."""
     try:

@@ -26,6 +26,8 @@ RUN_FILES = (
     FOLDER,
     "metrics.jsonl",
     "data_faults*.jsonl",
+    "bad_steps*",
+    "stacks-*.txt",
     "recipe.yaml",
     "environment.json",
     "reconstructions",

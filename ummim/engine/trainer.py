@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ummim.engine import resume, zero
 from ummim.engine.bad_steps import BadSteps, GoBack, LossMean
-from ummim.engine.checkpoint import is_milestone
+from ummim.engine.checkpoint import is_due
 from ummim.engine.checkpoint_saver import Saver
 from ummim.engine.data_faults import FaultLog
 from ummim.engine.faults import Interrupts, agree
@@ -140,8 +140,7 @@ def fit(
             if on_epoch_end is not None and done % plan.steps_per_epoch == 0:
                 on_epoch_end(done // plan.steps_per_epoch)
             beat(done, SAVE)
-            due = recipe.checkpoint_every and done % recipe.checkpoint_every == 0
-            if stop or too_bad or due or is_milestone(done, recipe, plan) or done == plan.stop_step:
+            if stop or too_bad or is_due(done, recipe, plan):
                 saver.save(done, bad_steps.mean)
             if stop or too_bad or done == plan.stop_step:
                 saver.wait()
