@@ -76,7 +76,7 @@ class Job:
             command, names = ["launch/deepspeed.sh", "--skip-preflight", *words], hosts.names[:1]
         else:
             env |= {"NNODES": str(len(hosts.names)), "NPROC_PER_NODE": "1", "MAX_RESTARTS": "0"}
-            env["RDZV_ENDPOINT"] = f"{hosts.address('host1')}:{PORT - 100}"
+            env["RDZV_ENDPOINT"] = f"host1:{PORT - 100}"
             command, names = ["launch/torchrun.sh", *words], hosts.names
         with log.open("w") as file:
             self._started = [hosts.popen(name, command, env=env, stdout=file, stderr=file) for name in names]

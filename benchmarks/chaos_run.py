@@ -53,9 +53,10 @@ def draw(options: argparse.Namespace, rng: random.Random) -> list[Fault]:
     rng.shuffle(live)
     part = options.steps // (len(live) + 1)
     faults = [Fault(kind, i * part + rng.randint(2, part), rng.uniform(0, 0.3)) for i, kind in enumerate(live)]
-    ending = [fault for fault in faults if fault.kind.ends]
+    early = 3 * options.checkpoint_every  # until then there may be no second checkpoint to fall back on
+    ending = [fault for fault in faults if fault.kind.ends and fault.step > early]
     if len(damages) > len(ending):
-        raise ValueError("a damaged checkpoint needs a fault that ends the job: name more kinds")
+        raise SystemExit("each damaged checkpoint needs a fault that ends the job: more steps, or other kinds or seed")
     for fault, name in zip(rng.sample(ending, len(damages)), damages, strict=True):
         fault.damage = name
     return faults
@@ -149,8 +150,8 @@ class Chaos:
             fault.wrong.append(f"ended with {job.codes}: {tail(job)}")
         job.close()
         mend(job, self.output)
-        if fault.damage:
-            newest = step_folders(self.output / "checkpoints")[0]
+        newest, *others = [*step_folders(self.output / "checkpoints"), None]
+        if fault.damage and newest is not None and others:
             fault.told["damage"] = f"{fault.damage}: {damage(fault.damage, newest, self.rng)}"
             self._damaged = fault, newest.name
 
@@ -208,6 +209,9 @@ class Chaos:
             wrong.append("the final weights differ")
         wrong += [f"{path} is left" for path in self.output.rglob(".tmp-*")]
         wrong += [f"{where} is left: {line}" for where, line in job.left().items()]
+        for name in self.hosts.names:
+            left = self.hosts.run(name, ["find", "/tmp", "-name", "ummim-*"]).stdout.split()
+            wrong += [f"{path} is left on {name}" for path in left]
         return wrong
 
     def told(self) -> dict[str, Any]:

@@ -1,18 +1,21 @@
 """How far does a run move when it is cut otherwise? Every ZeRO stage x accumulation x ranks, for tiny models.
 
-``python -m benchmarks.parity [METHOD ...] [--steps 20]`` from the repository's root; methods are the names in
-tests/methods/tiny.py, all of them by default. Each method's 24 runs see the same global batches of 16 images, and are
-compared with that on one rank without ZeRO and accumulation. Prints a table of the largest relative deviations.
+``python benchmarks/parity.py [METHOD ...] [--steps 20]``; methods are the names in tests/methods/tiny.py, by default
+all. Each method's 24 runs see the same global batches of 16 images, and are compared with that on one rank without
+ZeRO and accumulation. Prints a table of the largest relative deviations.
 """
 
 import argparse
 import itertools
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.methods.tiny import METHODS
-from tests.strategies import Case, Numbers, launch
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.methods.tiny import METHODS  # noqa: E402
+from tests.strategies import Case, Numbers, launch  # noqa: E402
 
 STAGES, RANKS, ACCUMULATIONS = (0, 1, 2, 3), (1, 2, 4), (1, 4)
 

@@ -1,11 +1,9 @@
 """AMT as a user runs it: maps refreshed on the way, on one rank and two, killed, resumed, mislaid."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +15,7 @@ import torch
 from PIL import Image
 
 from data_prep.__main__ import main as data_prep
+from tests import forked
 from tests.conftest import ROOT, TINY_MAE
 from ummim.attention_maps import RowBatches, check_maps, whole_images
 from ummim.data import Augment, DataConfig, ShardIndex, decode
@@ -30,8 +29,6 @@ from ummim.masking import MaskConfig, PlanSampler
 
 TINY_AMT = TINY_MAE.replace("name: mae", "name: amt\n  attention: {refresh_epochs: 1}")
 assert "amt" in TINY_AMT
-BIN = Path(sys.executable).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +43,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def run(*command: Any) -> subprocess.CompletedProcess[str]:
-    words = [str(word) for word in command]
-    return subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
-
-
 def train(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    return run(sys.executable, "train.py", *arguments)
+    return forked.run(["train.py", *arguments], ROOT)
 
 
 def losses(output: Path) -> dict[int, float]:
@@ -130,8 +122,7 @@ def test_a_run_killed_while_it_computes_maps_goes_on_bit_for_bit(
     undisturbed: Path, shards: Path, write_recipe: Any, tmp_path: Path
 ) -> None:
     recipe = write_recipe(TINY_AMT, shards)
-    command = [sys.executable, "train.py", str(recipe), "checkpoint_every=1"]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = forked.Job(["train.py", recipe, "checkpoint_every=1"], ROOT)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run").glob("attention/*0002*")) and time.monotonic() < deadline:
         time.sleep(0.0005)
@@ -177,13 +168,13 @@ def test_two_ranks_agree_with_one(
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (tmp_path / "ds.json").write_text(json.dumps(config))
     output, expected = tmp_path / "run", losses(undisturbed)
-    result = run(
-        BIN / "torchrun", "--nproc_per_node", "2", "train.py", write_recipe(TINY_AMT, shards), f"zero_stage={stage}",
-        f"ds_config={tmp_path / 'ds.json'}", f"activation_checkpointing={checkpointing}", "data.workers=1",
-        "micro_batch=2", "max_steps=8",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stderr.count("attention maps of 26 images") == 2
+    command = [
+        "train.py", write_recipe(TINY_AMT, shards), f"zero_stage={stage}", f"ds_config={tmp_path / 'ds.json'}",
+        f"activation_checkpointing={checkpointing}", "data.workers=1", "micro_batch=2", "max_steps=8",
+    ]  # fmt: skip
+    ranks = forked.run_ranks(2, command, ROOT)
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
+    assert [rank.stderr.count("attention maps of 26 images") for rank in ranks] == [2, 0]
     assert list(maps_of(output)) == ["epoch-0001.npy", "epoch-0002.npy"]
     found = losses(output)
     for step in range(1, 6):  # later, a rounding may have moved a token of some mask

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from data_prep.__main__ import main as data_prep
+from tests import forked
 from tests.conftest import ROOT, TINY_MAE
 from ummim.data import ShardIndex
 
@@ -67,9 +68,9 @@ def test_two_ranks_replace_a_bad_sample_and_stop_together_over_the_budget(
 ) -> None:
     """24 samples an epoch: 0.05 of them is one. The second bad one appears after the first two epochs."""
     recipe, output = write_recipe(TINY_MAE, shards), tmp_path / "run"
-    launch = (BIN / "torchrun", "--standalone", "--nproc_per_node", "2", "train.py", recipe, "data.max_bad=0.05")
-    first = run(*launch, "max_steps=6")
-    assert first.returncode == 0, first.stderr
+    command = ("train.py", recipe, "data.max_bad=0.05")
+    first, other = forked.run_ranks(2, [*command, "max_steps=6"], ROOT)
+    assert first.returncode == other.returncode == 0, first.stderr + other.stderr
     told = [record for path in sorted(output.glob("data_faults-[01].jsonl")) for record in lines(path)]
     key = ShardIndex.open(shards).key(BAD)
     assert {record["key"] for record in told} == {key}
@@ -78,12 +79,12 @@ def test_two_ranks_replace_a_bad_sample_and_stop_together_over_the_budget(
     assert [record["data_faults"] for record in lines(output / "metrics.jsonl")] == [
         sum(step <= now for step in steps) for now in range(1, 7)
     ]
-    assert first.stderr.count(f"ummim: for the figures: shard-000001.tar: key {key!r} at byte") == 1
+    assert (first.stderr + other.stderr).count(f"ummim: for the figures: shard-000001.tar: key {key!r} at byte") == 1
     assert list((output / "reconstructions").iterdir())
 
     for row in (3, 10):
         overwrite(shards, row)
-    second = run(*launch)
+    second = run(BIN / "torchrun", "--standalone", "--nproc_per_node", "2", *command)
     errors = [line for line in second.stderr.splitlines() if line.startswith("ummim: ") and "error" in line]
     assert len(errors) == 1, second.stderr
     assert "of 24 samples of epoch 3 cannot be read, and data.max_bad = 0.05 allows 1" in errors[0]
@@ -97,18 +98,16 @@ def test_two_ranks_replace_a_bad_sample_and_stop_together_over_the_budget(
 def test_shards_that_are_gone_end_the_run_with_one_message(shards: Path, write_recipe: Any, tmp_path: Path) -> None:
     """All of them, while it reads: no step is made of nothing."""
     recipe, output = write_recipe(TINY_MAE, shards), tmp_path / "run"
-    command = [sys.executable, "train.py", str(recipe), "epochs=4000", "data.max_bad=1", "checkpoint_every=100000"]
-    process = subprocess.Popen(
-        [*command, "data.workers=1", "figure_every=0"], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    command = ["train.py", recipe, "epochs=4000", "data.max_bad=1", "checkpoint_every=100000"]
+    process = forked.Job([*command, "data.workers=1", "figure_every=0"], ROOT)
     while not ((output / "metrics.jsonl").exists() and lines(output / "metrics.jsonl")[3:]):
         assert process.poll() is None
         time.sleep(0.05)
     for path in shards.glob("*.tar"):
         os.truncate(path, 0)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2, errors
+    ended = process.wait(120)
+    errors = ended.stderr
+    assert ended.returncode == 2, errors
     assert "Traceback" not in errors
     (message,) = (line for line in errors.splitlines() if line.startswith("ummim: error: "))
     assert "no other sample can be read in its place: are the shards still there? Stopped in step" in message
@@ -118,18 +117,16 @@ def test_shards_that_are_gone_end_the_run_with_one_message(shards: Path, write_r
 def test_a_killed_worker_changes_no_bit(shards: Path, write_recipe: Any, tmp_path: Path) -> None:
     recipe, losses = write_recipe(TINY_MAE, shards), {}
     for name, victim in (("whole", False), ("hit", True)):
-        command = [sys.executable, "train.py", str(recipe), f"output={tmp_path / name}", "data.workers=1", "epochs=30"]
-        process = subprocess.Popen(
-            [*command, "data.max_bad=1", "figure_every=0", "checkpoint_every=100"], cwd=ROOT, env=ENVIRONMENT,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        command = ["train.py", recipe, f"output={tmp_path / name}", "data.workers=1", "epochs=30"]
+        process = forked.Job([*command, "data.max_bad=1", "figure_every=0", "checkpoint_every=100"], ROOT)
         while victim and process.poll() is None:
             if (workers := forks(process.pid)) and (tmp_path / name / "metrics.jsonl").exists():
                 os.kill(workers[-1], signal.SIGKILL)
                 break
             time.sleep(0.01)
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+        ended = process.wait(120)
+        errors = ended.stderr
+        assert ended.returncode == 0, errors
         assert ("killed by SIGKILL, restarting (1 of 3): the machine may" in errors) == victim
         losses[name] = [(record["step"], record["loss"]) for record in lines(tmp_path / name / "metrics.jsonl")]
     assert losses["hit"] == losses["whole"]
@@ -141,13 +138,13 @@ def test_attention_maps_of_bad_images_are_told_of_and_held_against_the_budget(
 ) -> None:
     """With this seed, the first epoch's steps leave the bad image out, and the refresh after them does not."""
     driven = TINY_MAE.replace("name: mae", "name: amt\n  attention: {refresh_epochs: 1}")
-    command = (sys.executable, "train.py", write_recipe(driven, shards), "seed=5", "max_steps=4", "figure_every=0")
+    command = ["train.py", write_recipe(driven, shards), "seed=5", "max_steps=4", "figure_every=0"]
     told = "1 of 26 images cannot be read for their attention maps; the first is shard-000001.tar: key '"
-    refused = run(*command, "data.max_bad=0")
+    refused = forked.run([*command, "data.max_bad=0"], ROOT)
     assert refused.returncode == 2
     assert f"ummim: error: {told}" in refused.stderr
     assert [record["step"] for record in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
-    allowed = run(*command, "data.max_bad=0.05", f"output={tmp_path / 'other'}")
+    allowed = forked.run([*command, "data.max_bad=0.05", f"output={tmp_path / 'other'}"], ROOT)
     assert allowed.returncode == 0, allowed.stderr
     assert f"ummim: {told}" in allowed.stderr
     assert "they have the maps of others" in allowed.stderr

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from data_prep.__main__ import main as data_prep
+from tests import forked
 from tests.conftest import ROOT, TINY_MAE, TINY_UM_MAE
 from ummim.recipe_file import packaged_recipes
 
@@ -42,7 +43,7 @@ def run(*command: Any) -> subprocess.CompletedProcess[str]:
 
 
 def train(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    return run(sys.executable, "train.py", *arguments)
+    return forked.run(["train.py", *arguments], ROOT)
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
@@ -62,7 +63,7 @@ def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     recipe = folder / "tiny.yaml"
     recipe.write_text(TINY_UM_MAE.replace("SHARDS", str(shards)) + f"output: {folder / 'run'}\n")
-    result = train(recipe, "data.workers=1", "tensorboard=true")
+    result = run(sys.executable, "train.py", recipe, "data.workers=1", "tensorboard=true")
     assert result.returncode == 0, result.stderr
     assert "step 12/12" in result.stdout
     return folder / "run"
@@ -93,9 +94,7 @@ def test_resolved_recipe_of_a_run_starts_the_same_run(undisturbed: Path):
 
 def test_killed_run_goes_on_bit_for_bit(undisturbed: Path, shards: Path, write_recipe: Any, tmp_path: Path):
     recipe = write_recipe(TINY_UM_MAE, shards)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "train.py", str(recipe), "data.workers=1", "max_steps=100", "epochs=4"]
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = forked.Job(["train.py", recipe, "data.workers=1", "max_steps=100", "epochs=4"], ROOT)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "checkpoints" / "step-4").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -111,9 +110,7 @@ def test_interrupted_run_saves_and_a_second_one_in_its_folder_is_refused(
     undisturbed: Path, shards: Path, write_recipe: Any, tmp_path: Path
 ):
     recipe = write_recipe(TINY_UM_MAE, shards)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "train.py", str(recipe), "checkpoint_every=1000", "epochs=400"]
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = forked.Job(["train.py", recipe, "checkpoint_every=1000", "epochs=400"], ROOT)
     log = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
@@ -122,10 +119,10 @@ def test_interrupted_run_saves_and_a_second_one_in_its_folder_is_refused(
     assert second.returncode == 2
     assert "another run is writing here" in second.stderr
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "saved; the same command goes on from here" in errors
-    assert "Traceback" not in errors
+    ended = process.wait(60)
+    assert ended.returncode == 130
+    assert "saved; the same command goes on from here" in ended.stderr
+    assert "Traceback" not in ended.stderr
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
 
 
@@ -191,7 +188,7 @@ def test_dry_run_reads_the_data_that_is_there_and_trains_nothing(shards: Path, w
     ],
 )
 def test_users_mistake_is_one_message_and_exit_code_two(arguments: list[str], parts: list[str]):
-    result = train(*arguments)
+    result = run(sys.executable, "train.py", *arguments)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     lines = [line for line in result.stderr.splitlines() if line.strip()]

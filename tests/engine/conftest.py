@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests import forked
 from ummim.engine import zero
 
 ROOT = Path(__file__).parents[2]
@@ -31,11 +32,19 @@ def command(ranks: int, module: str, arguments: Any) -> list[str]:
 
 
 def run(ranks: int, module: str, arguments: Any, **extra: str) -> subprocess.CompletedProcess[str]:
+    """One rank is forked, where it needs no environment of its own."""
+    if ranks == 1 and not extra:
+        return forked.run(["-m", f"tests.engine.{module}", json.dumps(arguments)], ROOT)
     return execute(command(ranks, module, arguments), **extra)
 
 
+def run_ranks(ranks: int, module: str, arguments: Any) -> list[subprocess.CompletedProcess[str]]:
+    """The same on several ranks without a launcher: each one's end."""
+    return forked.run_ranks(ranks, ["-m", f"tests.engine.{module}", json.dumps(arguments)], ROOT)
+
+
 def execute(words: list[str], **extra: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, env=environment(**extra), capture_output=True, text=True, timeout=240)
+    return subprocess.run(words, env=environment(**extra), capture_output=True, text=True, timeout=500)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -71,6 +80,6 @@ def world() -> Iterator[zero.World]:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an undisturbed ZeRO-2 run on two ranks."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    job = run(2, "job", {"recipe": {"output": str(folder), "zero_stage": 2, "checkpoint_every": 4}})
-    assert job.returncode == 0, job.stderr
+    jobs = run_ranks(2, "job", {"recipe": {"output": str(folder), "zero_stage": 2, "checkpoint_every": 4}})
+    assert all(job.returncode == 0 for job in jobs), jobs
     return folder

@@ -40,10 +40,11 @@ def train(case, plan, world, folder, resume="auto"):
     recipe = ToyRecipe(output=str(folder), resume=resume, checkpoint_every=case.pop("every", 0), **case)
     engine = zero.initialize(build_toy(seed=world.rank), recipe, plan)  # rank 0's weights must win
     state = restore(engine, recipe, plan, "digest", world)
-    fit(engine, toy_batches(plan, world.rank, state.step), recipe, plan, world, state)
+    with Reductions() as reductions:
+        fit(engine, toy_batches(plan, world.rank, state.step), recipe, plan, world, state)
     weights = zero_state.full_state_dict(engine)
     engine.destroy()
-    return weights
+    return weights, sorted(reductions.types)
 
 
 def main():
@@ -53,12 +54,11 @@ def main():
     torch.distributed.broadcast_object_list(scratch, src=0)
     for number, case in enumerate(cases):
         folder = Path(scratch[0]) / str(number)
-        split = case.pop("split", None)
+        split, steps = case.pop("split", None), case.pop("steps", ToyPlan().stop_step)
         try:
             if split:
                 train(dict(case), ToyPlan(stop_step=split), world, folder)
-            with Reductions() as reductions:
-                weights = train(dict(case), ToyPlan(), world, folder)
+            weights, reduced = train(dict(case), ToyPlan(stop_step=steps), world, folder)
         except UserError as error:  # a CPU without float16; every rank gets it
             if world.is_main:
                 print(json.dumps({"error": str(error)}), flush=True)
@@ -70,7 +70,6 @@ def main():
             lines = [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
             sums = {name: value.double().sum().item() for name, value in weights.items()}
             losses, norms = [r["loss"] for r in lines], [r["grad_norm"] for r in lines]
-            reduced = sorted(reductions.types)
             print(json.dumps({"losses": losses, "norms": norms, "sums": sums, "reduced": reduced}), flush=True)
     zero.shutdown()
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.conftest import command, environment, losses, records, run
+from tests.engine.conftest import command, environment, losses, records, run, run_ranks
 from ummim.data.faults import Fault
 from ummim.engine import checkpoint, resume
 from ummim.engine.faults import EXIT_INTERRUPT, EXIT_PREEMPTED, Interrupts, agree, on_every_rank
@@ -27,8 +27,8 @@ def test_a_run_killed_on_two_ranks_goes_on_bit_for_bit(tmp_path, two_ranks):
     assert [p.name for p in checkpoint.steps(tmp_path / "checkpoints")] == ["step-4"]
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')  # as a kill in the middle of a write leaves it
-    again = run(2, "job", {"recipe": recipe})
-    assert again.returncode == 0, again.stderr
+    again = run_ranks(2, "job", {"recipe": recipe})
+    assert [rank.returncode for rank in again] == [0, 0], again
     assert losses(tmp_path) == losses(two_ranks)
     assert [r["step"] for r in records(tmp_path)] == list(range(1, 11))
     ours, theirs = (folder / "checkpoints" / "step-10" / "model.safetensors" for folder in (tmp_path, two_ranks))
@@ -38,8 +38,8 @@ def test_a_run_killed_on_two_ranks_goes_on_bit_for_bit(tmp_path, two_ranks):
 def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path, two_ranks):
     recipe = {"output": str(tmp_path), "zero_stage": 2}
     arguments = {"recipe": recipe, "fault": {"step": 3, "signal": "SIGUSR1", "rank": 1}}
-    stopped = run(2, "job", arguments)
-    assert "exitcode  : 143" in stopped.stderr  # the launcher ends the other rank on its way out
+    stopped = run_ranks(2, "job", arguments)
+    assert [rank.returncode for rank in stopped] == [143, 143], stopped
     [step] = checkpoint.steps(tmp_path / "checkpoints")
     assert step.name == "step-4" and checkpoint.fault(step) is None
     assert losses(tmp_path) == {s: loss for s, loss in losses(two_ranks).items() if s <= 4}
@@ -57,10 +57,10 @@ def test_a_signal_saves_and_names_itself_in_the_exit_code(tmp_path, name, code):
 def test_a_loss_that_is_not_a_number_ends_with_one_message(tmp_path):
     """The samples are those of the rank and micro-batch at fault; the step's weights are never saved."""
     recipe = {"output": str(tmp_path), "checkpoint_every": 2}
-    job = run(2, "job", {"recipe": recipe, "fault": {"step": 3, "nan": True}})
-    messages = [line for line in job.stderr.splitlines() if line.startswith("ummim: ")]
+    ranks = run_ranks(2, "job", {"recipe": recipe, "fault": {"step": 3, "nan": True}})
+    messages = [line for rank in ranks for line in rank.stderr.splitlines() if line.startswith("ummim: ")]
     assert len(messages) == 1 and "not finite at step 4 (samples: sample-26, sample-27)" in messages[0]
-    assert "exitcode  : 2" in job.stderr
+    assert [rank.returncode for rank in ranks] == [2, 2]
     assert [p.name for p in checkpoint.steps(tmp_path / "checkpoints")] == ["step-2"]
 
 

@@ -5,15 +5,19 @@ weights (rank 0's must win), clips nothing and accumulates two micro-batches.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.engine.conftest import run
+from ummim.engine import zero
 
 FP32: list[dict[str, Any]] = [{"zero_stage": stage} for stage in range(4)]
 KINDS = ("torch", "deepspeed", "fairscale", "fairscale_offload")
-CHECKPOINTED = [{"zero_stage": stage, "activation_checkpointing": kind} for stage in range(4) for kind in KINDS]
+CHECKPOINTED = [
+    {"zero_stage": stage, "activation_checkpointing": kind, "steps": 4} for stage in range(4) for kind in KINDS
+]
 HALF: list[dict[str, Any]] = [
     {"zero_stage": stage, "precision": precision} for precision in ("bf16", "fp16") for stage in range(4)
 ]
@@ -23,21 +27,25 @@ RESUMED = [
     for stage in range(4)
 ]
 REDUCED: list[dict[str, Any]] = [
-    {"zero_stage": stage, "precision": precision, "reduce_precision": reduced}
-    for stage in range(4)
-    for precision, reduced in (("bf16", "fp32"), ("fp32", "bf16"))
+    *({"zero_stage": stage, "precision": "bf16", "reduce_precision": "fp32"} for stage in range(4)),
+    {"zero_stage": 2, "precision": "fp32", "reduce_precision": "bf16"},
+]
+OFFLOADED: list[dict[str, Any]] = [
+    {"zero_stage": stage, "precision": precision, "ds_config": str(zero.config_folder() / f"zero{stage}_offload.json")}
+    for stage in (2, 3)
+    for precision in ("fp32", "bf16")
 ]
 TYPES = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
 
 
 def name(case):
-    return " ".join(str(value) for value in case.values())
+    return " ".join(Path(value).stem if key == "ds_config" else str(value) for key, value in case.items())
 
 
 @pytest.fixture(scope="module")
 def results():
     """The outcome of every case, by its values: losses, gradient norms, sums of the consolidated weights."""
-    cases = FP32 + CHECKPOINTED + HALF + RESUMED + REDUCED
+    cases = FP32 + CHECKPOINTED + HALF + RESUMED + REDUCED + OFFLOADED
     job = run(2, "stages", cases)
     assert job.returncode == 0, job.stderr
     lines = [json.loads(line) for line in job.stdout.splitlines() if line.startswith("{")]
@@ -64,7 +72,18 @@ def test_stages_agree_in_fp32(results, case):
 
 @pytest.mark.parametrize("case", CHECKPOINTED, ids=name)
 def test_activation_checkpointing_changes_no_bit(results, case):
-    assert results[name(case)] == results[str(case["zero_stage"])]
+    found, whole = results[name(case)], results[str(case["zero_stage"])]
+    for key in ("losses", "norms"):
+        assert len(found[key]) == 4 and found[key] == whole[key][:4]
+
+
+@pytest.mark.parametrize("case", OFFLOADED, ids=name)
+def test_offloading_to_the_cpu_changes_no_bit_of_losses_and_weights(results, case):
+    found = results[name(case)]
+    plain = results[f"{case['zero_stage']}" if case["precision"] == "fp32" else f"{case['zero_stage']} bf16"]
+    for key in ("losses", "sums", "reduced"):
+        assert found[key] == plain[key], key
+    assert found["norms"] == pytest.approx(plain["norms"], rel=1e-6)  # added up in another order
 
 
 @pytest.mark.parametrize("case", HALF, ids=name)

@@ -28,7 +28,7 @@ def test_the_recipe_fills_in_every_number(stage):
 
 def test_the_packaged_files_hold_strategy_only():
     files = sorted(zero.config_folder().glob("*.json"))
-    assert [f.stem for f in files] == ["zero0", "zero1", "zero2", "zero3", "zero3_offload"]
+    assert [f.stem for f in files] == ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
     for file in files:
         assert not zero.OWNED.keys() & json.loads(file.read_text()).keys()
 
@@ -45,6 +45,11 @@ def test_a_number_in_both_places_is_refused_by_name(tmp_path, key):
     ("text", "said"),
     [
         ('{"zero_optimization": {"stage": 3}}', "sets stage 3, the recipe zero_stage=1"),
+        (
+            '{"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}',
+            "offload_optimizer.device=nvme: .* use cpu",
+        ),
+        ('{"zero_optimization": {"offload_param": {"device": "cpu"}}}', "offload_param: that takes zero_stage=3"),
         ("{", "is not JSON"),
         ("[1]", "must hold a JSON object"),
     ],
@@ -127,7 +132,7 @@ def test_a_first_start_needs_no_compiler_and_heeds_no_stale_lock(tmp_path):
 
 
 def test_deepspeeds_launcher_runs_the_same_job_on_two_ranks(tmp_path, two_ranks):
-    """The same losses as under torchrun, to the bit."""
+    """The same losses as without a launcher, to the bit."""
     launcher = Path(sys.executable).with_name("deepspeed")
     arguments = json.dumps({"recipe": {"output": str(tmp_path / "run"), "zero_stage": 2}})
     options = ["--num_accelerators", "2", "--master_port", "29731", "--module", "tests.engine.job"]

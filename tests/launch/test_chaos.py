@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.launch.hosts import Hosts
 
 pytestmark = [pytest.mark.namespaces, pytest.mark.slow]
 KINDS = ["rank killed", "loader worker killed", "byte flipped"]
 
 
-def test_a_disturbed_run_ends_as_an_undisturbed_one(hosts: Hosts, tmp_path: Path):
+def test_a_disturbed_run_ends_as_an_undisturbed_one(tmp_path: Path):
     """Two starts only: ``python benchmarks/chaos.py`` is the long form, with all kinds of faults."""
     told = tmp_path / "told.json"
     words = ["--steps", "60", "--faults", "3", "--seed", "3", "--checkpoint-every", "4", "--output", str(told)]

@@ -124,7 +124,7 @@ def deepspeed_config(recipe: Recipe, plan: RunPlan) -> dict[str, Any]:
     """DeepSpeed's configuration: the strategy from a JSON file, every number from the recipe.
 
     The file is ``recipe.ds_config``, else ``ds_configs/zero<stage>.json``. Raises RecipeError where the file is
-    missing or not JSON, or sets a key that belongs to the recipe.
+    missing or not JSON, sets a key that belongs to the recipe, or offloads to where we cannot follow.
     """
     path = Path(recipe.ds_config) if recipe.ds_config else config_folder() / f"zero{recipe.zero_stage}.json"
     try:
@@ -140,6 +140,8 @@ def deepspeed_config(recipe: Recipe, plan: RunPlan) -> dict[str, Any]:
     zero = config.setdefault("zero_optimization", {})
     if zero.setdefault("stage", recipe.zero_stage) != recipe.zero_stage:
         raise RecipeError(f"ds_config: {path} sets stage {zero['stage']}, the recipe zero_stage={recipe.zero_stage}")
+    _check_offload(zero, path)
+    config.setdefault("zero_force_ds_cpu_optimizer", False)  # offloaded, torch's AdamW goes on: nothing is compiled
     config.setdefault("steps_per_print", 10**9)  # the engine has its own log
     config["train_batch_size"] = plan.global_batch
     config["train_micro_batch_size_per_gpu"] = plan.micro_batch
@@ -152,6 +154,17 @@ def deepspeed_config(recipe: Recipe, plan: RunPlan) -> dict[str, Any]:
     if recipe.reduce_precision is not None:
         config["communication_data_type"] = recipe.reduce_precision
     return config
+
+
+def _check_offload(zero: dict[str, Any], path: Path) -> None:
+    for section, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        device = (zero.get(section) or {}).get("device", "none")
+        if device not in ("none", "cpu"):
+            raise RecipeError(
+                f"ds_config: {path} sets {section}.device={device}: ummim cannot train or save what lies there; use cpu"
+            )
+        if device == "cpu" and zero["stage"] < least:
+            raise RecipeError(f"ds_config: {path} sets {section}: that takes zero_stage={least} or more; remove it")
 
 
 def apply_activation_checkpointing(blocks: Iterable[nn.Module], kind: str) -> None:
