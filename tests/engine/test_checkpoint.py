@@ -288,9 +288,10 @@ def test_a_full_disk_ends_with_one_message_and_no_half_checkpoint(tmp_path, kib)
 
 def test_the_state_of_a_run_is_plain_json(finished):
     state = json.loads((finished / "checkpoints" / "step-6" / "state.json").read_text())
+    assert 0 < state.pop("loss_mean") < 2
     assert len(state.pop("layout")) == 64
     assert state == {
         "step": 6, "epoch": 1.5, "samples": 24, "recipe": "toy", "world_size": 1, "zero_stage": 2,
         "precision": "fp32", "global_batch": 4, "seed": 0, "index_digest": "digest", "milestone": False,
-        "optimizer": {"adam_steps": 6, "skipped_steps": 0, "loss_scaler": None},
+        "optimizer": {"adam_steps": 6, "skipped_steps": 0, "loss_scaler": None}, "loss_count": 6,
     }  # fmt: skip
