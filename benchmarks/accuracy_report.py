@@ -19,7 +19,7 @@ MEASURES = {  # key of a run: (title, factor, unit)
     "pretraining_seconds": ("seconds of pre-training", 1.0, "s"),
 }
 REFERENCE = "full"
-REFERENCE_OF = {row.name: row.reference for row in GROUPS["all"]} | {"scratch": REFERENCE}
+REFERENCE_OF = {row.name: row.reference for row in GROUPS["all"]}
 KINDS = ("plain", "progressive", "furthest", "both")
 RATIOS = (25, 50, 65)
 SOURCE = "PR-MIM (arXiv 2411.15746), Table 2: top-1 accuracy on ImageNet-1K, fine-tuned; MAE ViT-B/16, 100 epochs"

@@ -22,6 +22,7 @@ class Row(NamedTuple):
         method: what is pre-trained.
         reference: the row that this one is compared with, seed by seed.
         attention_pass: TEC's ``method.attention_pass``.
+        pretrained: False for a control, whose encoder is tuned with fresh weights.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Row(NamedTuple):
     method: Literal["mae", "simmim", "tec"] = "mae"
     reference: str = "full"
     attention_pass: Literal["thrown", "whole"] = "thrown"
+    pretrained: bool = True
 
 
 TABLE = (
@@ -77,10 +79,22 @@ TEC = (
     Row("tec-whole", 0.50, FURTHEST, CONV, "tec", "tec-thrown", attention_pass="whole"),
 )
 REFERENCES = tuple(row for row in TABLE if row.name in ("full", "r50-both"))  # what the options are compared with
+
+
+def with_control(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """``rows`` and, after the first, the method's own encoder from scratch.
+
+    SimMIM's has no absolute positions and layer scale, TEC's here a block less than MAE's.
+    """
+    first, *others = rows
+    name = "scratch" if first.method == "mae" else f"scratch-{first.method}"
+    return (first, Row(name, 0.0, RANDOM, NONE, first.method, first.name, pretrained=False), *others)
+
+
 GROUPS = {
-    "table": TABLE,
-    "options": REFERENCES + OPTIONS,
-    "simmim": SIMMIM,
-    "tec": TEC,
-    "all": TABLE + OPTIONS + SIMMIM + TEC,
+    "table": with_control(TABLE),
+    "options": with_control(REFERENCES + OPTIONS),
+    "simmim": with_control(SIMMIM),
+    "tec": with_control(TEC),
+    "all": with_control(TABLE) + OPTIONS + with_control(SIMMIM) + with_control(TEC),
 }

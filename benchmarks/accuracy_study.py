@@ -123,13 +123,15 @@ def changed(config: Any) -> dict[str, Any]:
     return {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
 
 
-def run(row: Row | None, seed: int, folder: Path, study: Study, device: str, runs: Path) -> dict[str, Any]:
-    """A row of one seed: pre-training, then tuning. No row: from scratch, tuning only."""
+def run(row: Row, seed: int, folder: Path, study: Study, device: str, runs: Path) -> dict[str, Any]:
+    """A row of one seed: pre-training, if it is no control, then tuning."""
     torch.set_num_threads(1)
-    data, name = load(folder, device), row.name if row else "scratch"
+    data, name = load(folder, device), row.name
     settings: dict[str, Any] = {"model": asdict(study.model)}
     pretrained, weights = dict[str, Any](), None
-    if row:
+    if not row.pretrained and row.method != "mae":
+        settings |= {"method": row.method}
+    if row.pretrained:
         weights, sampler = runs / f"{name}-{seed}.safetensors", PlanSampler(GRID, row.mask, row.ratio)
         settings |= {"ratio": row.ratio, "partial": changed(row.partial), "plans": fingerprint(sampler)}
         settings |= {"pretraining": asdict(study.pretraining)}
@@ -145,9 +147,7 @@ def run(row: Row | None, seed: int, folder: Path, study: Study, device: str, run
     settings |= {"tuning": asdict(study.tuning)}
 
     def tuning() -> dict[str, float]:
-        return tune(
-            classifier(row.method if row else "mae", study.model, seed, weights).to(device), data, study.tuning, seed
-        )
+        return tune(classifier(row.method, study.model, seed, weights).to(device), data, study.tuning, seed)
 
     tuned = stored(runs / f"{name}-{seed}-tuning.json", settings, tuning)
     return {
@@ -159,7 +159,7 @@ def run(row: Row | None, seed: int, folder: Path, study: Study, device: str, run
     }
 
 
-def run_all(tasks: Sequence[tuple[Row | None, int]], jobs: int, *shared: Any) -> Iterator[dict[str, Any]]:
+def run_all(tasks: Sequence[tuple[Row, int]], jobs: int, *shared: Any) -> Iterator[dict[str, Any]]:
     """The results in the order of ``tasks``, as they come; one job runs in this process."""
     if jobs == 1:
         yield from (run(row, seed, *shared) for row, seed in tasks)
@@ -193,7 +193,7 @@ def main() -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     study, rows = SMOKE if args.smoke else Study(), GROUPS[args.rows]
     args.runs.mkdir(parents=True, exist_ok=True)
-    tasks = [(row, seed) for seed in range(args.seeds or study.seeds) for row in (rows[0], None, *rows[1:])]
+    tasks = [(row, seed) for seed in range(args.seeds or study.seeds) for row in rows]
     results: dict[str, Any] = {
         **provenance(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",

@@ -1,6 +1,6 @@
 """A run that is killed, cut off, damaged and starved of disk again and again, against one that is left alone.
 
-    python benchmarks/chaos.py [--steps 400] [--faults 16] [--seed 0] [--hosts 2] [--launcher deepspeed] [--output JSON]
+    python benchmarks/chaos.py [--steps 1200] [--faults 18] [--seed 0] [--hosts 2] [--launcher torchrun] [--output FILE]
 
 Needs root: the hosts are namespaces of this machine (``tests/launch/hosts.py``). A tiny MAE is trained once on one
 host, undisturbed, and once over all hosts by ``launch/deepspeed.sh`` or ``launch/torchrun.sh``, at the same world
@@ -26,8 +26,8 @@ INSIDE = "UMMIM_CHAOS"  # set where the mounts are our own
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Disturb a run and compare it with an undisturbed one.")
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of the run")
-    parser.add_argument("--faults", type=int, default=16, help="every kind comes once before any comes twice")
+    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of the run, some ten a second")
+    parser.add_argument("--faults", type=int, default=18, help="every kind comes once before any comes twice")
     parser.add_argument("--kinds", nargs="*", metavar="NAME", help="only these kinds of faults")
     parser.add_argument("--seed", type=int, default=0, help="of the faults, not of the run")
     parser.add_argument("--hosts", type=int, default=2, help="one rank each")

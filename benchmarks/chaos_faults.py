@@ -101,6 +101,7 @@ def mend(job: Job, output: Path) -> None:
 PYTHON = sys.executable
 LAUNCH, GONE = "deepspeed.launcher.launch", rf"the launcher of {RANK} is gone"
 SUPERVISOR = "this job's supervisor was killed"
+KILLED = "the launcher was killed by SIGKILL"
 DEEPSPEED, TORCHRUN = ("deepspeed",), ("torchrun",)
 LIVE = (
     Kind("rank killed", to_rank(signal.SIGKILL), rf"{RANK} was killed or crashed in"),
@@ -111,10 +112,10 @@ LIVE = (
     Kind("disk full", fill, r"disk full|No space left"),
     Kind("launch.py of the first host killed", kill(PYTHON, LAUNCH, 0), GONE, DEEPSPEED),
     Kind("launch.py of the other host killed", kill(PYTHON, LAUNCH, -1), GONE, DEEPSPEED),
-    Kind("pdsh killed", kill("pdsh", LAUNCH, 0), "the launcher ended with exit code 0 before the run", DEEPSPEED),
-    Kind("deepspeed killed", kill(PYTHON, "deepspeed --hostfile", 0), "the launcher was killed by SIGKILL", DEEPSPEED),
+    Kind("pdsh killed", kill("pdsh", LAUNCH, 0), "the launcher ended with exit code 0 before the run was", DEEPSPEED),
+    Kind("deepspeed killed", kill(PYTHON, "deepspeed --hostfile", 0), KILLED, DEEPSPEED),
     Kind("supervisor killed", kill(PYTHON, "ummim.cluster.deepspeed_job", 0), SUPERVISOR, DEEPSPEED),
-    Kind("torchrun killed", kill(PYTHON, "torch.distributed.run"), GONE, TORCHRUN),
+    Kind("torchrun killed", kill(f"{PYTHON} -m torch.distributed.run", ""), f"{GONE}|{KILLED}", TORCHRUN),
     Kind("supervisor killed", kill(PYTHON, "ummim.cluster.supervise"), SUPERVISOR, TORCHRUN),
 )
 

@@ -71,6 +71,7 @@ class Job:
     def __init__(self, hosts: Hosts, launcher: str, words: Sequence[str], log: Path) -> None:
         self.hosts, self.launcher, self.log = hosts, launcher, log
         env = hosts.environment(PYTHON=sys.executable, FREE_GIB="0", MASTER_PORT=str(PORT))
+        env["TMPDIR"] = str(log.parents[1] / "tmp")  # nobody else's
         if launcher == "deepspeed":
             env["HOSTFILE"] = str(hosts.hostfile(log.with_name("hostfile")))
             command, names = ["launch/deepspeed.sh", "--skip-preflight", *words], hosts.names[:1]

@@ -1,49 +1,81 @@
-"""Count the forward pass of every packaged recipe, for `ummim recipes`.
+"""Count a pass of every packaged pre-training, for `ummim recipes`.
 
-    python benchmarks/recipe_costs.py [--check]
+    python benchmarks/recipe_costs.py [--check] [--new]
 
-Writes ummim/recipes/costs.json; ``--check`` only says whether it is up to date. Recipes whose model, mask and throwing
-ratio are the same are counted once.
+Writes ummim/recipes/costs.json; ``--check`` only says whether it is up to date, ``--new`` counts only recipes that are
+not in it. Recipes whose model, mask and throwing ratio are the same are counted once.
 """
 
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from ummim.atomic import write_text
-from ummim.cost import build_on_meta, count_flops, full_reconstruction, meta_inputs
+from ummim.capacity.activations import counted_as, measure
+from ummim.capacity.strategy import Shapes
+from ummim.catalogue import COSTS
+from ummim.cost import batch_of, build_on_meta, count_flops, full_reconstruction, meta_inputs
 from ummim.recipe import Recipe
 from ummim.recipe_file import load_recipe, packaged_recipes
-from ummim.recipe_list import COSTS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Multiply-adds of every packaged recipe")
     parser.add_argument("--check", action="store_true", help="exit 1 if the file is out of date, and write nothing")
+    parser.add_argument("--new", action="store_true", help="count only what is not in the file")
     options = parser.parse_args()
-    known: dict[str, float] = {}
+    known: dict[str, Any] = {}
+    before = json.loads(COSTS.read_text())
     costs = {}
     for name in packaged_recipes():
         recipe = load_recipe(name)
+        if options.new and name in before:
+            costs[name] = before[name]
+            continue
         mine = forward(recipe, True, known)
         full = forward(full_reconstruction(recipe), False, known)
-        costs[name] = {"forward_gmac": round(mine, 4), "of_full": round(mine / full, 4)}
+        costs[name] = {"forward_gmac": round(mine, 4), "of_full": round(mine / full, 4), "step": step(recipe, known)}
         print(name, costs[name], flush=True)
     if options.check:
-        sys.exit(0 if json.loads(COSTS.read_text()) == costs else f"{COSTS} is out of date: run {sys.argv[0]}")
-    write_text(COSTS, json.dumps(costs, indent=1) + "\n")
+        sys.exit(0 if before == costs else f"{COSTS} is out of date: run {sys.argv[0]}")
+    rows = [f' "{name}": {json.dumps(cost)}' for name, cost in costs.items()]
+    write_text(COSTS, "{\n" + ",\n".join(rows) + "\n}\n")
 
 
-def forward(recipe: Recipe, attention: bool, known: dict[str, float]) -> float:
+def forward(recipe: Recipe, attention: bool, known: dict[str, Any]) -> float:
     """G multiply-adds for an image."""
-    parts: list[Any] = [recipe.method, recipe.data.image_size, recipe.mask, recipe.throw_ratio, recipe.partial]
-    key = repr([*parts, attention])
+    key = same(recipe, attention)
     if key not in known:
         inputs = meta_inputs(recipe, attention)
         flops, _ = count_flops(build_on_meta(recipe), *inputs)
         known[key] = flops / len(inputs[0]) / 2e9
-    return known[key]
+    value: float = known[key]
+    return value
+
+
+def step(recipe: Recipe, known: dict[str, Any]) -> dict[str, Any]:
+    """What the time of a step depends on, see ``catalogue.on_cluster``."""
+    if recipe.zero_stage == 3:
+        sys.exit(f"{recipe.name}: at ZeRO-3 time depends on every parameter's size, not on their sums alone")
+    kind = counted_as(recipe.activation_checkpointing)
+    key = same(recipe, kind, batch_of(recipe))
+    if key not in known:
+        shapes = Shapes.of(build_on_meta(recipe))
+        known[key] = {
+            "groups": [sum(group) for group in shapes.groups],
+            "frozen": sum(shapes.frozen),
+            "buffers": shapes.buffers,
+            "activations": asdict(measure(recipe, kind)),
+        }
+    value: dict[str, Any] = known[key]
+    return value
+
+
+def same(recipe: Recipe, *more: Any) -> str:
+    """Equal for recipes that compute the same."""
+    return repr([recipe.method, recipe.data.image_size, recipe.mask, recipe.throw_ratio, recipe.partial, *more])
 
 
 if __name__ == "__main__":

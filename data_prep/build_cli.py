@@ -12,8 +12,8 @@ from ummim.errors import DataError
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add ``build`` to the commands of ``python -m data_prep``."""
     build = commands.add_parser("build", help="make shards from images")
-    build.add_argument("src", help="folder of images (a folder per class, or flat), ImageNet's tars, shards, CSV or "
-                       "JSONL manifest, Parquet or IDX files; a path, URL or quoted pattern")  # fmt: skip
+    build.add_argument("src", help="folder of images (a folder per class, or flat), ImageNet's tars, iNaturalist's "
+                       "JSON, shards, CSV or JSONL manifest, Parquet or IDX files; path, URL or pattern")  # fmt: skip
     build.add_argument("dst", help="folder or URL for the shards; an interrupted build goes on where it was")
     _add_shards(build.add_argument_group("shards"))
     _add_images(build.add_argument_group("images"))
@@ -63,7 +63,7 @@ def _add_images(group: argparse._ArgumentGroup) -> None:
 def _add_source(group: argparse._ArgumentGroup) -> None:
     option = group.add_argument
     option("--unlabelled", action="store_true", help="take all images at any depth, without labels")
-    option("--root", metavar="DIR", help="folder that a manifest's paths are relative to (the manifest's)")
+    option("--root", metavar="DIR", help="folder that a manifest's or annotations' paths are relative to (the file's)")
     option("--devkit", metavar="PATH", help="ImageNet's devkit, for the validation labels (the one beside the tar)")
     option("--image-column", metavar="NAME", help="of Parquet files (found by its type and name)")
     option("--label-column", metavar="NAME", help="of Parquet files (found by its type and name)")

@@ -55,6 +55,7 @@ LONGEST = (  # files, by their time
     "test_jobs_on_hosts.py",
     "test_parallel.py",
     "test_train.py",
+    "test_run.py",
     "test_stages.py",
     "test_attention_maps.py",
 )

@@ -14,7 +14,7 @@ BORDERS = {
     "ummim/backbones": {"ummim.backbones", "ummim.nn", "ummim.masking", "ummim.checkpoint_file"},
     "ummim/methods": {"ummim.methods", "ummim.backbones", "ummim.nn", "ummim.masking", "ummim.errors"},
     "ummim/data": {"ummim.data", "ummim.masking", "ummim.errors", "ummim.atomic", "ummim.seeds"},
-    "ummim/engine": {"ummim.engine", "ummim.errors", "ummim.recipe", "ummim.run_plan"},
+    "ummim/engine": {"ummim.engine", "ummim.errors", "ummim.run_config", "ummim.run_plan"},
 }
 SOURCES = [path for top in ("ummim", "data_prep", "train.py", "benchmarks")
            for path in ([ROOT / top] if top.endswith(".py") else sorted((ROOT / top).rglob("*.py")))]  # fmt: skip

@@ -13,10 +13,11 @@ import pytest
 
 import ummim.methods
 from tests.conftest import ROOT
+from ummim.downstream.recipe import ClassifyRecipe
 from ummim.interop.classifier import CLASSIFIERS
 from ummim.interop.official import FAMILIES
 from ummim.recipe import Recipe
-from ummim.recipe_file import packaged_recipes
+from ummim.recipe_file import packaged_evaluations, packaged_recipes
 
 METHODS = sorted(module.name for module in pkgutil.iter_modules(ummim.methods.__path__) if module.name != "api")
 CONFIGS = [importlib.import_module(f"ummim.methods.{name}").Config for name in METHODS]
@@ -45,7 +46,7 @@ def option_paths(kinds: list[Any], prefix: str) -> Iterator[str]:
                 yield from option_paths(sections, f"{prefix}{key}.")
 
 
-OPTIONS = {*option_paths([Recipe], ""), *option_paths(CONFIGS, "method.")}
+OPTIONS = {*option_paths([Recipe, ClassifyRecipe], ""), *option_paths(CONFIGS, "method.")}
 SECTIONS = {option.split(".")[0] for option in OPTIONS if "." in option}
 
 
@@ -56,7 +57,7 @@ def test_every_method_has_a_section_and_every_section_a_method() -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_recipes_that_are_named_exist(path: Path) -> None:
-    assert set(RECIPE_NAME.findall(path.read_text())) <= set(packaged_recipes())
+    assert set(RECIPE_NAME.findall(path.read_text())) <= {*packaged_recipes(), *packaged_evaluations()}
 
 
 def test_every_recipe_stands_in_its_methods_section() -> None:

@@ -36,3 +36,16 @@ def test_micro_batch_is_the_largest_divisor_within_the_limit(limit: int, micro: 
 def test_batch_larger_than_the_data_is_one_clear_error():
     with pytest.raises(RecipeError, match="global_batch = 4096: .*only 100 images"):
         load_recipe("mae_vit_base_800e").plan(1, 100)
+
+
+@pytest.mark.parametrize("seconds", ["0.5", "-1", ".inf", ".nan"])
+def test_a_watchdog_that_could_only_be_wrong_is_refused(seconds: str):
+    with pytest.raises(RecipeError, match="must be at least 1, or 0 for no watchdog") as caught:
+        load_recipe("mae_vit_base_800e", [f"hang_seconds={seconds}"])
+    assert "hang_seconds" in str(caught.value)
+
+
+def test_a_watchdog_may_be_short_or_none():
+    for seconds in (0, 1):
+        assert load_recipe("mae_vit_base_800e", [f"hang_seconds={seconds}"]).hang_seconds == seconds
+    assert load_recipe("mae_vit_base_800e").hang_seconds == 40

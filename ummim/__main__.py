@@ -1,17 +1,21 @@
-"""Command line: ``ummim recipes``, ``show``, ``cost``, ``capacity``, ``export``, ``reconstruct``, ``replay``,
-``preflight``, ``status``."""
+"""Command line: ``ummim recipes``, ``rehearse``, ``show``, ``cost``, ``capacity``, ``export``, ``verify-export``,
+``reconstruct``, ``replay``, ``report``, ``preflight``, ``status``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ummim.capacity.options import add_options as add_capacity_options
 from ummim.errors import UserError, run_main
+from ummim.recipe_list import add_options as add_recipes_options
+from ummim.rehearsal.options import add_options as add_rehearse_options
+from ummim.report.options import add_options as add_report_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Exit codes: 0 done, 2 the user's mistake, 130 Ctrl-C."""
+    """Run one command. Exit codes: 0 done, 1 a check that failed, 2 the user's mistake, 130 Ctrl-C."""
     options = _parser().parse_args(argv)
     try:
         return run_main(lambda: options.run(options))
@@ -23,8 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ummim", description="Masked image modelling pre-training.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    recipes = commands.add_parser("recipes", help="list the packaged recipes, with published accuracy and cost")
-    recipes.set_defaults(run=_recipes)
+    _add_recipes(commands)
 
     show = commands.add_parser("show", help="print a recipe, fully resolved")
     show.add_argument("recipe", help="packaged name or path")
@@ -41,17 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     add_capacity_options(capacity)
     capacity.set_defaults(run=_capacity)
 
-    export = commands.add_parser("export", help="write a checkpoint's weights for other programs")
-    export.add_argument("checkpoint", type=Path, help="a run's folder, or one of its checkpoints/step-N")
-    export.add_argument("out", type=Path, help="the file to write")
-    export.add_argument(
-        "--format",
-        choices=("safetensors", "timm", "official"),
-        default="safetensors",
-        help="safetensors: the encoder (a ViT's loads strictly in timm); timm: the same, refused for encoders that "
-        "timm does not have; official: the whole model under the paper code's names, as a .pth",
-    )
-    export.set_defaults(run=_export)
+    _add_export(commands)
 
     reconstruct = commands.add_parser("reconstruct", help="draw what a checkpoint makes of images")
     reconstruct.add_argument("checkpoint", type=Path, help="a run's folder, or one of its checkpoints/step-N")
@@ -71,25 +64,77 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--shards", metavar="FOLDER", help="where the run's shards are now, if they have moved")
     replay.set_defaults(run=_replay)
 
+    report = commands.add_parser("report", help="write a page of HTML on runs: curves, pictures, faults, differences")
+    add_report_options(report)
+
     from ummim.cluster.commands import add_commands
+    from ummim.downstream.commands import add_commands as add_downstream_commands
+    from ummim.downstream.evaluate_command import add_evaluate
 
     add_commands(commands)
+    add_evaluate(commands)
+    add_downstream_commands(commands)
     return parser
+
+
+def _add_recipes(commands: Any) -> None:
+    """The subcommands ``recipes`` and ``rehearse``."""
+    recipes = commands.add_parser("recipes", help="list the packaged recipes, with published accuracy and cost")
+    add_recipes_options(recipes)
+    recipes.set_defaults(run=_recipes)
+    rehearse = commands.add_parser("rehearse", help="take a recipe, shrunk, from shards to a classifier, on a laptop")
+    add_rehearse_options(rehearse)
+    rehearse.set_defaults(run=_rehearse)
+
+
+def _add_export(commands: Any) -> None:
+    """The subcommands ``export`` and ``verify-export``."""
+    export = commands.add_parser("export", help="write a checkpoint's weights for other programs")
+    export.add_argument(
+        "checkpoint", type=Path, help="a run's folder (of a fine-tuning too), or one of its checkpoints/step-N"
+    )
+    export.add_argument("out", type=Path, help="the file to write; for huggingface, the folder")
+    export.add_argument(
+        "--format",
+        choices=("safetensors", "timm", "official", "huggingface"),
+        default="safetensors",
+        help="safetensors: the encoder (a ViT's loads strictly in timm); timm: the same, refused for encoders that "
+        "timm does not have; official: the whole model under the paper code's names, as a .pth; huggingface: a folder "
+        "for transformers' from_pretrained",
+    )
+    export.add_argument(
+        "--model",
+        choices=("auto", "encoder"),
+        default="auto",
+        help="huggingface: with the decoder where transformers has such a class (auto, the default), or the encoder",
+    )
+    export.set_defaults(run=_export)
+
+    verify = commands.add_parser("verify-export", help="check an export's files and numbers against its certificate")
+    verify.add_argument("exported", type=Path, help="the file or folder that ummim export wrote")
+    verify.set_defaults(run=_verify_export)
 
 
 # Each command imports what it needs, so that --help and a mistyped option answer at once.
 
 
 def _recipes(options: argparse.Namespace) -> None:
-    from ummim.recipe_list import recipe_table
+    from ummim.recipe_list import run
 
-    print(recipe_table())
+    print(run(options))
+
+
+def _rehearse(options: argparse.Namespace) -> int:
+    from ummim.rehearsal.command import run
+
+    return run(options)
 
 
 def _show(options: argparse.Namespace) -> None:
     from ummim.recipe_file import dump_recipe, load_recipe
+    from ummim.run_config import RunConfig
 
-    print(dump_recipe(load_recipe(options.recipe, options.overrides)), end="")
+    print(dump_recipe(load_recipe(options.recipe, options.overrides, RunConfig)), end="")
 
 
 def _cost(options: argparse.Namespace) -> None:
@@ -108,12 +153,35 @@ def _capacity(options: argparse.Namespace) -> None:
     print(run(options))
 
 
-def _export(options: argparse.Namespace) -> None:
+def _export(options: argparse.Namespace) -> int:
+    from ummim.downstream.trained import is_evaluation, load_trained
+    from ummim.interop.check import ExportFailed
     from ummim.interop.export import export
     from ummim.interop.run import load_run
 
-    recipe, method, checkpoint = load_run(options.checkpoint)
-    print(f"{checkpoint} -> {export(recipe, method, options.out, options.format)}")
+    recipe: Any
+    model: Any
+    if is_evaluation(options.checkpoint):
+        recipe, model, checkpoint = load_trained(options.checkpoint)
+    else:
+        recipe, model, checkpoint = load_run(options.checkpoint)
+    try:
+        path, line = export(recipe, model, checkpoint, options.out, options.format, options.model == "encoder")
+    except ExportFailed as failure:
+        print(f"ummim: error: {failure}", file=sys.stderr)
+        return 1
+    print(f"{checkpoint} -> {path}\n{line}")
+    return 0
+
+
+def _verify_export(options: argparse.Namespace) -> int:
+    from ummim.interop.certificate import verify
+
+    holds, lines = verify(options.exported)
+    for line in lines:
+        print(line)
+    print(f"{options.exported}: {'holds' if holds else 'does NOT hold'} what its certificate states")
+    return 0 if holds else 1
 
 
 def _reconstruct(options: argparse.Namespace) -> None:

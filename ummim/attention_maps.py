@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from ummim.data import Batch, Loader, ShardIndex, build_loader
 from ummim.data.attention import AttentionMaps
 from ummim.data.faults import Fault
 from ummim.data.normalise import normalise
-from ummim.data.order import Pick
+from ummim.data.order import RowBatches
 from ummim.data.prefetch import Prefetcher
 from ummim.data.samples import Samples
 from ummim.engine.data_faults import describe
@@ -151,35 +150,6 @@ def _check_faults(mine: set[Fault], rows: int, recipe: Recipe, world: World) -> 
         raise_together(DataError(f"{text}. Mend the shards, or raise data.max_bad = {recipe.data.max_bad:g}"), world)
     if world.is_main:
         log.warning("%s; they have the maps of others", text)
-
-
-class RowBatches:
-    """The rows of a table, batch by batch and rank after rank; the last row again until all ranks have as many.
-
-    Args:
-        first: (shards + 1,) the row of each shard's first sample, and the sample count, as in ``ShardIndex``.
-        batch: rows of a rank's batch.
-        rank, world_size: this process among all.
-    """
-
-    def __init__(self, first: np.ndarray, batch: int, rank: int, world_size: int) -> None:
-        self.first, self.rows = first, int(first[-1])
-        self.batch, self.rank, self.world_size = batch, rank, world_size
-
-    def __len__(self) -> int:
-        return ceil(self.rows / (self.batch * self.world_size))
-
-    def __getitem__(self, number: int) -> list[Pick]:
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        first = (number * self.world_size + self.rank) * self.batch
-        return [Pick(0, min(row, self.rows - 1), 0) for row in range(first, first + self.batch)]
-
-    def upcoming_shards(self, number: int = 0) -> Iterator[int]:
-        """Numbers of the shards that all ranks read from batch ``number`` on, in order. Safe in a thread."""
-        row = min(number * self.world_size * self.batch, self.rows)
-        start = int(np.searchsorted(self.first, row, "right")) - 1
-        yield from (shard for shard in range(start, len(self.first) - 1) if self.first[shard] < self.first[shard + 1])
 
 
 def _reserve(path: Path, shape: tuple[int, ...]) -> None:

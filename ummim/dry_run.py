@@ -11,14 +11,17 @@ from ummim.capacity.strategy import GIB, STAGES, Shapes, strategy_of
 from ummim.data import ShardIndex
 from ummim.data.faults import SourceDown
 from ummim.data.urls import is_url, local_path
+from ummim.downstream.recipe import ClassifyRecipe
 from ummim.engine.zero import deepspeed_config
+from ummim.interop.load import load_init
 from ummim.masking import AttentionSampler
 from ummim.methods.api import Method
 from ummim.recipe import Recipe
+from ummim.run_config import RunConfig
 from ummim.run_plan import RunPlan
 
 
-def dry_run(recipe: Recipe, world_size: int) -> str:
+def dry_run(recipe: RunConfig, world_size: int) -> str:
     """A report of what the recipe would do on ``world_size`` ranks.
 
     The model is built without memory, and shards that are not at hand are planned for by the recipe's
@@ -31,22 +34,29 @@ def dry_run(recipe: Recipe, world_size: int) -> str:
     samples, data = _data(recipe)
     plan = recipe.plan(world_size, samples)
     deepspeed_config(recipe, plan)  # refuses a number that stands in both places
-    with torch.device("meta"):
-        method = recipe.method.build(recipe.data.image_size, recipe.partial, recipe.throw_ratio > 0)
+    model: nn.Module | None
+    if isinstance(recipe, Recipe):
+        with torch.device("meta"):
+            model = recipe.method.build(recipe.data.image_size, recipe.partial, recipe.throw_ratio > 0)
+        own = [*_file_rows(recipe), *_init_rows(recipe, model), *_model_rows(recipe, model)]
+    else:
+        from ummim.downstream.dry_run import evaluation_rows
+
+        assert isinstance(recipe, ClassifyRecipe)
+        own, model = evaluation_rows(recipe)
     rows = [
         ("recipe", f"{recipe.name}: {recipe.description}"),
         ("output", recipe.output),
         ("data", data),
-        *_file_rows(recipe),
-        *_model_rows(recipe, method),
+        *own,
         *_schedule_rows(recipe, plan),
-        *_memory_rows(recipe, plan, method),
+        *(() if model is None else _memory_rows(recipe, plan, model)),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
-def _data(recipe: Recipe) -> tuple[int, str]:
+def _data(recipe: RunConfig) -> tuple[int, str]:
     shards, data = recipe.data.shards, replace(recipe.data, retry_seconds=0)
     plan = f"planned for {recipe.expected_samples:,} images"
     if not is_url(shards) and not Path(local_path(shards)).is_dir():
@@ -64,6 +74,13 @@ def _file_rows(recipe: Recipe) -> list[tuple[str, str]]:
         ("file", f"{path}: {'at hand' if Path(path).is_file() else 'not at hand; training needs it'} ({key})")
         for key, path in recipe.method.files().items()
     ]
+
+
+def _init_rows(recipe: Recipe, method: Method) -> list[tuple[str, str]]:
+    """What the weights to start from would fill; the method is without memory, so names and shapes are checked."""
+    if not recipe.init:
+        return []
+    return [("init", load_init(method, recipe.init, recipe.init_family).line())]
 
 
 def _model_rows(recipe: Recipe, method: Method) -> list[tuple[str, str]]:
@@ -93,7 +110,7 @@ def _model_rows(recipe: Recipe, method: Method) -> list[tuple[str, str]]:
     return rows
 
 
-def _schedule_rows(recipe: Recipe, plan: RunPlan) -> list[tuple[str, str]]:
+def _schedule_rows(recipe: RunConfig, plan: RunPlan) -> list[tuple[str, str]]:
     batch = (
         f"{plan.global_batch} images = {plan.micro_batch} per rank x {plan.accumulation} accumulated "
         f"x {plan.world_size} ranks"
@@ -108,12 +125,13 @@ def _schedule_rows(recipe: Recipe, plan: RunPlan) -> list[tuple[str, str]]:
         f"(base {optim.base_lr:g} per {optim.reference_batch} images)"
     )
     clipping = f", gradients clipped to norm {optim.clip_grad:g}" if optim.clip_grad else ""
-    optimizer = f"AdamW, betas {optim.betas}, weight decay {optim.weight_decay}{clipping}"
+    own = f"LARS, momentum {optim.momentum}" if optim.optimizer == "lars" else f"AdamW, betas {optim.betas}"
+    optimizer = f"{own}, weight decay {optim.weight_decay}{clipping}"
     return [("batch", batch), ("steps", steps), ("learning rate", rate), ("optimizer", optimizer)]
 
 
-def _memory_rows(recipe: Recipe, plan: RunPlan, method: Method) -> list[tuple[str, str]]:
-    shapes = Shapes.of(method)
+def _memory_rows(recipe: RunConfig, plan: RunPlan, model: nn.Module) -> list[tuple[str, str]]:
+    shapes = Shapes.of(model)
     rows = [("precision", f"{recipe.precision}, activation checkpointing: {recipe.activation_checkpointing}")]
     for stage in STAGES:
         state = state_bytes(shapes, strategy_of(recipe, plan, stage), plan.world_size)

@@ -1,38 +1,56 @@
-"""Recipes on disk: strict YAML, ``base:`` inheritance and ``key=value`` overrides into a typed Recipe.
+"""Recipes on disk: strict YAML, ``base:`` inheritance and ``key=value`` overrides into a typed recipe.
 
-Everything wrong in a recipe is one RecipeError that names the file, the key, the value and the remedy.
+A recipe with a ``method`` section is a pre-training (``Recipe``), one with a ``classify`` section an evaluation
+(``ClassifyRecipe``). Everything wrong in one is one RecipeError that names the file, the key, the value and the remedy.
 """
 
 import dataclasses
-import difflib
-import importlib
-import pkgutil
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_type_hints, overload
 
-import jsonargparse
 import yaml
 
 import ummim.methods
+from ummim.downstream.recipe import ClassifyConfig, ClassifyRecipe
 from ummim.errors import RecipeError
-from ummim.methods.api import MethodConfig
 from ummim.recipe import Recipe
+from ummim.recipe_values import method_config, suggest, typed
+from ummim.run_config import RunConfig
 
 PACKAGED = Path(str(resources.files("ummim") / "recipes"))
 COMMAND_LINE = "command line"
+R = TypeVar("R", bound=RunConfig)
 _OFF = (False, None, "off")  # how YAML may read `activation_checkpointing: off`
+_NAMES = {Recipe: "a pre-training recipe (a `method` section)", ClassifyRecipe: "an evaluation (a `classify` section)"}
 
 
 def packaged_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in PACKAGED.glob("*.yaml"))
+    """Names of the pre-training recipes that come with the package."""
+    return [name for name, evaluation in _packaged().items() if not evaluation]
 
 
-def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
+def packaged_evaluations() -> list[str]:
+    """Names of the recipes of evaluations that come with the package: fine-tunings and probes."""
+    return [name for name, evaluation in _packaged().items() if evaluation]
+
+
+@cache
+def _packaged() -> dict[str, bool]:
+    """Packaged name -> whether it is an evaluation's."""
+    return {path.stem: "classify" in _read(path, ())[0] for path in sorted(PACKAGED.glob("*.yaml"))}
+
+
+@overload
+def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe: ...
+@overload
+def load_recipe(recipe: str, overrides: Sequence[str], kind: type[R]) -> R: ...
+def load_recipe(recipe: str, overrides: Sequence[str] = (), kind: type[RunConfig] = Recipe) -> RunConfig:
     """Read a packaged recipe's name or a YAML file, apply ``key=value`` overrides, check, and return it.
+
+    kind: what the caller can use: ``Recipe``, ``ClassifyRecipe`` or, for both, ``RunConfig``.
 
     Raises:
         RecipeError: for whatever does not fit.
@@ -43,42 +61,51 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
         values.pop("published", None)
     for override in overrides:
         _override(values, origin, override)
-    return build_recipe(values, origin, path)
+    built = build_recipe(values, origin, path)
+    if not isinstance(built, kind):
+        raise RecipeError(f"{path}: is {_NAMES[type(built)]}; this needs {_NAMES[kind]}")
+    return built
 
 
-def build_recipe(values: dict[str, Any], origin: dict[str, str], path: Path) -> Recipe:
-    """Typed, checked Recipe from plain values; ``origin`` maps dotted keys to where they were set."""
+def build_recipe(values: dict[str, Any], origin: dict[str, str], path: Path) -> Recipe | ClassifyRecipe:
+    """Typed, checked recipe from plain values; ``origin`` maps dotted keys to where they were set."""
     values = dict(values)
-    method = values.pop("method", None)
-    config = _method_config(method, origin.get("method.name", str(path)))
-    options = {key: value for key, value in method.items() if key != "name"}
+    if "method" in values and "classify" in values:
+        raise RecipeError(f"{path}: a recipe has a method section (pre-training) or a classify section, not both")
+    section = "classify" if "classify" in values else "method"
+    options = values.pop(section, None)
+    given = values | {section: options}
     if values.get("activation_checkpointing", "none") in _OFF:
         values["activation_checkpointing"] = "none"
     values.setdefault("name", path.stem)
     values.setdefault("output", f"runs/{values['name']}")
     try:
-        _check_keys(values, Recipe, "")
-        narrowed = _choose_kinds(config, options)
-        _check_keys(options, narrowed, "method.")
-        recipe = _parse(values, options, narrowed)
-        fields = {field.name: getattr(recipe.method, field.name) for field in dataclasses.fields(config)}
-        recipe = dataclasses.replace(recipe, method=config(**fields))
+        recipe: Recipe | ClassifyRecipe
+        if section == "classify":
+            if not isinstance(options, dict):
+                raise RecipeError("is a section: give its keys below it", section)
+            recipe = typed(ClassifyRecipe, section, ClassifyConfig, values, options)
+        else:
+            config = method_config(options, origin.get("method.name", str(path)))
+            sizes = {key: value for key, value in options.items() if key != "name"}
+            recipe = typed(Recipe, section, config, values, sizes)
         recipe.check()
     except RecipeError as error:
-        raise _locate(error, values | {"method": method}, origin, path) from None
+        raise _locate(error, given, origin, path) from None
     return recipe
 
 
-def to_dict(recipe: Recipe) -> dict[str, Any]:
+def to_dict(recipe: RunConfig) -> dict[str, Any]:
     """The plain values of a recipe; YAML of them loads to an equal recipe."""
     values = dataclasses.asdict(recipe)
-    module = type(recipe.method).__module__
-    prefix = ummim.methods.__name__ + "."
-    values["method"] = {"name": module.removeprefix(prefix), **values["method"]}
+    if isinstance(recipe, Recipe):
+        module = type(recipe.method).__module__
+        prefix = ummim.methods.__name__ + "."
+        values["method"] = {"name": module.removeprefix(prefix), **values["method"]}
     return _plain(values)
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: RunConfig) -> str:
     """The fully resolved recipe as YAML."""
     return yaml.safe_dump(to_dict(recipe), sort_keys=False)
 
@@ -92,7 +119,7 @@ def find_recipe(recipe: str) -> Path:
         return path
     packaged = PACKAGED / f"{recipe}.yaml"
     if "/" in recipe or not packaged.is_file():
-        raise RecipeError(f"{recipe}: no packaged recipe or file of that name{_suggest(recipe, packaged_recipes())}")
+        raise RecipeError(f"{recipe}: no packaged recipe or file of that name{suggest(recipe, list(_packaged()))}")
     return packaged
 
 
@@ -134,6 +161,9 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
         merged.pop(key, None)
     if isinstance(values.get("method"), dict) and "name" in values["method"]:
         merged.pop("method", None)  # another method's sizes mean nothing to this one
+    classify = values.get("classify")
+    if isinstance(classify, dict) and isinstance(merged.get("classify"), dict) and "encoder" in classify:
+        merged["classify"].pop("encoder", None)  # nor another encoder's
     merged = _merge(merged, values)
     own = {key: str(path) for key, _ in _flatten(values)}
     kept = {key: origin[key] for key, _ in _flatten(merged) if key in origin and key not in own}
@@ -156,7 +186,8 @@ def _override(values: dict[str, Any], origin: dict[str, str], override: str) -> 
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
-    if isinstance(value, (int, float)) and _type_of(key) in (str, str | None):
+    kind = _type_of(key, values)
+    if (isinstance(value, (int, float)) and kind in (str, str | None)) or (text == "" and kind is str):
         value = text
     if key == "base":
         raise RecipeError(f"{COMMAND_LINE}: base belongs in a recipe file; give that recipe as RECIPE instead")
@@ -171,84 +202,12 @@ def _override(values: dict[str, Any], origin: dict[str, str], override: str) -> 
     origin[key] = COMMAND_LINE
 
 
-def _type_of(key: str) -> Any:
-    """The declared type of a dotted key outside ``method``, or None."""
-    kind: Any = Recipe
+def _type_of(key: str, values: Mapping[str, Any]) -> Any:
+    """The declared type, in a recipe of these ``values``, of a dotted key outside ``method``, or None."""
+    kind: Any = ClassifyRecipe if "classify" in values else Recipe
     for part in key.split("."):
         kind = get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
     return kind
-
-
-def _method_config(method: Any, source: str) -> type[MethodConfig]:
-    """The ``Config`` class of the module that ``method.name`` names."""
-    names = sorted(m.name for m in pkgutil.iter_modules(ummim.methods.__path__) if m.name != "api")
-    if not isinstance(method, dict) or "name" not in method:
-        raise RecipeError(f"{source}: method.name is missing: name one of {', '.join(names)}, or a dotted module")
-    name = str(method["name"])
-    module = name if "." in name else f"{ummim.methods.__name__}.{name}"
-    try:
-        if "." not in name and name not in names:
-            raise ModuleNotFoundError(name=module)
-        config = getattr(importlib.import_module(module), "Config", None)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module.startswith(error.name):
-            raise
-        raise RecipeError(f"{source}: method.name = {name!r}: no such method{_suggest(name, names)}") from None
-    if not (isinstance(config, type) and issubclass(config, MethodConfig)):
-        raise RecipeError(f"{source}: method.name = {name!r}: the module has no Config(MethodConfig)")
-    return config
-
-
-def _choose_kinds(config: type[MethodConfig], options: Mapping[str, Any]) -> type[MethodConfig]:
-    """``config`` with every section that may be of several kinds (``encoder: ViTConfig | SwinConfig``) declared as
-    the one whose ``kind`` the recipe names, by default the first: so that it is checked and parsed as that one."""
-    chosen: list[tuple[str, Any, Any]] = []
-    for key, declared in get_type_hints(config).items():
-        members: list[Any] = [member for member in get_args(declared) if dataclasses.is_dataclass(member)]
-        kinds = {member.kind: member for member in members}
-        if not kinds:
-            continue
-        section = options.get(key)
-        kind = section.get("kind", next(iter(kinds))) if isinstance(section, dict) else next(iter(kinds))
-        if not isinstance(kind, str) or kind not in kinds:
-            raise RecipeError(f"the method has no such {key}; use {' or '.join(kinds)}", f"method.{key}.kind")
-        chosen.append((key, kinds[kind], dataclasses.field(default_factory=kinds[kind])))
-    return dataclasses.make_dataclass(config.__name__, chosen, bases=(config,), frozen=True)
-
-
-def _check_keys(values: Mapping[str, Any], kind: type, prefix: str) -> None:
-    """Refuse unknown keys, with the nearest known one, and scalars where a section belongs."""
-    known = get_type_hints(kind)
-    names = [f.name for f in dataclasses.fields(kind) if (prefix, f.name) != ("", "method")]
-    for key, value in values.items():
-        if key not in names:
-            sections = [] if prefix else ["base", "method"]
-            of = f" of {kind.kind}" if hasattr(kind, "kind") else ""
-            raise RecipeError(f"unknown key{of}{_suggest(str(key), names + sections)}", prefix + str(key))
-        if value is None and type(None) not in get_args(known[key]):
-            raise RecipeError("must have a value", prefix + key)
-        if dataclasses.is_dataclass(known[key]):
-            if not isinstance(value, dict):
-                raise RecipeError("is a section: give its keys below it", prefix + key)
-            _check_keys(value, known[key], f"{prefix}{key}.")
-
-
-def _parse(values: dict[str, Any], options: dict[str, Any], config: type[MethodConfig]) -> Recipe:
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Recipe, None, skip={"method"})
-    parser.add_class_arguments(config, "method")
-    try:
-        parsed = parser.instantiate(parser.parse_object({**values, "method": options}))
-    except jsonargparse.ArgumentError as error:
-        message = " ".join(str(error).split())
-        match = re.match(r'Parser key "([^"]+)": (.*?)\.? (?:Got value|Given value type): ', message)
-        if match is None:
-            raise RecipeError(message) from None
-        first = match[2].partition(" Errors: - ")[2].partition(" - ")[0] or match[2]  # of a union's reasons, the first
-        expected = re.sub(r"<class '(\w+)'>", r"\1", first).replace("typing.", "")
-        expected = expected.replace("a int", "an int").replace("a Literal", "one of ")
-        raise RecipeError(f"{expected[0].lower()}{expected[1:]}", match[1]) from None
-    return Recipe(**vars(parsed))
 
 
 def _locate(error: RecipeError, values: dict[str, Any], origin: dict[str, str], path: Path) -> RecipeError:
@@ -273,8 +232,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
-
-
-def _suggest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"

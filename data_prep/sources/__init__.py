@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data_prep.locations import check_parts, exists, glob, is_folder, open_seekable, walk
 from data_prep.locations import read as read_file
-from data_prep.sources import idx, imagenet, manifest, parquet, shards
+from data_prep.sources import annotated, idx, imagenet, manifest, parquet, shards
 from data_prep.sources.folder import SUFFIXES, folder_source, is_image
 from data_prep.sources.item import Item, Source, make_key, subset
 from data_prep.tar import sound_members
@@ -24,7 +24,7 @@ class Reading:
 
     Attributes:
         unlabelled: take all images at any depth, without labels.
-        root: folder that a manifest's paths are relative to; its own, if not given.
+        root: folder that a manifest's or annotations' paths are relative to; its own, if not given.
         devkit: ImageNet's devkit, a folder or ``.tar.gz``; the one beside the tar, if not given.
         image_column, label_column: of Parquet files; found by type and name, if not given.
     """
@@ -50,8 +50,8 @@ def open_source(src: str | Path, reading: Reading | None = None, workers: int = 
             raise DataError(f"{src}: no file fits this pattern")
         return _files(src, files, reading, workers)
     if not exists(src):
-        raise DataError(f"{src} does not exist: give a folder of images or shards, a tar, a manifest, or a Parquet or "
-                        "IDX file")  # fmt: skip
+        raise DataError(f"{src} does not exist: give a folder of images or shards, a tar, a manifest, "
+                        "iNaturalist's annotations, or a Parquet or IDX file")  # fmt: skip
     if not is_folder(src):
         return _files(src, [(src, basename(src))], reading, workers)
     return _folder(src, reading, workers)
@@ -100,7 +100,7 @@ def _folder(src: str, reading: Reading, workers: int) -> Source:
     del files  # folder_source empties ``images`` as it goes
     if images:
         return folder_source(src, images, reading.unlabelled)
-    lists = [name for name in top if name.endswith(manifest.SUFFIXES)]
+    lists = [name for name in top if name.endswith((*manifest.SUFFIXES, annotated.SUFFIX))]
     if lists:
         raise DataError(f"{src} holds no images, but {lists[0]}: give it as SRC to build from its list")
     found = f"its {total} files are none of {', '.join(sorted(SUFFIXES))}, .tar, .parquet" if total else "it is empty"
@@ -120,6 +120,8 @@ def _files(src: str, files: list[tuple[str, str]], reading: Reading, workers: in
         raise DataError(f"{src}: {name} and {files[-1][1]} are not tars, Parquet files or images alike")
     if name.endswith(manifest.SUFFIXES):
         return manifest.manifest_source(path, reading.root, reading.unlabelled)
+    if name.endswith(annotated.SUFFIX):
+        return annotated.annotated_source(path, reading.root, reading.unlabelled)
     if name.endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".zip")):
         raise DataError(f"{path} is compressed, which has no random access: unpack it first")
     if is_image(name):

@@ -45,7 +45,7 @@ def manifest_source(path: str, root: str | None, unlabelled: bool) -> Source:
         value = row.get(column)
         if not isinstance(value, str) or not value:
             raise DataError(f"{path}, line {line}: {column} is {value!r}, not the path of an image")
-        location, name = _locate(value, root, f"{path}, line {line}")
+        location, name = locate(value, root, f"{path}, line {line}")
         if lines.setdefault(location, line) != line:
             raise DataError(f"{path}, line {line}: {value} is in line {lines[location]} already")
         items.append(Item(make_key(name, used), location, label, 0 if is_url(location) else size(location)))
@@ -107,7 +107,7 @@ def _column(path: str, rows: Sequence[tuple[int, Row]], column: str) -> list[str
     return values
 
 
-def _locate(value: str, root: str, where: str) -> tuple[str, str]:
+def locate(value: str, root: str, where: str) -> tuple[str, str]:
     """(location, name for the key) of an image; a path has to lie below ``root``."""
     value = local_path(value)
     if is_url(value):

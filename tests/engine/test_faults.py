@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +26,9 @@ def test_a_run_killed_on_two_ranks_goes_on_bit_for_bit(tmp_path, two_ranks):
     recipe = {"output": str(tmp_path), "zero_stage": 2, "checkpoint_every": 4}
     killed = run(2, "job", {"recipe": recipe, "fault": {"step": 6, "signal": "SIGKILL", "rank": 1}})
     assert killed.returncode != 0
+    [message] = (line for line in killed.stderr.splitlines() if "was killed" in line)
+    named = rf"ummim: rank 1 on {re.escape(socket.gethostname())} \(process \d+\) was killed or crashed in step 7"
+    assert re.match(named, message)
     assert [p.name for p in checkpoint.steps(tmp_path / "checkpoints")] == ["step-4"]
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')  # as a kill in the middle of a write leaves it

@@ -116,8 +116,13 @@ def test_on_a_terminal_there_is_a_bar(tmp_path, capsys, monkeypatch):
 def test_a_run_logs_the_contracts_numbers(world, tmp_path):
     recipe = ToyRecipe(output=str(tmp_path), log_every=4, zero_stage=1)
     ends: list[int] = []
-    code = train(build_toy(), recipe, PLAN, world, "d", lambda done: toy_batches(PLAN, 0, done), ends.append)
-    assert (code, ends) == (0, [1, 2])
+
+    def on_epoch_end(pause):
+        ends.append(pause.step)
+        return {}
+
+    code = train(build_toy(), recipe, PLAN, world, "d", lambda done: toy_batches(PLAN, 0, done), on_epoch_end)
+    assert (code, ends) == (0, [4, 8, 10])
     lines = records(tmp_path)
     assert [(r["step"], r["epoch"], r["samples"]) for r in lines] == [(4, 1.0, 16), (8, 2.0, 32), (10, 2.5, 40)]
     for line in lines:

@@ -109,13 +109,48 @@ def test_without_a_rank_to_save_a_signal_ends_the_launcher():
     assert outcome(code, supervisor.asked, "unused", []) == 130
 
 
+def test_a_killed_supervisor_leaves_nothing_running(tmp_path: Path):
+    """Its launcher, deaf to other signals, is killed, and the ranks, which may be on other hosts, are asked to save."""
+    script = f"""
+import os, shlex, sys
+from pathlib import Path
+from ummim.cluster.jobs import VARIABLE
+from ummim.cluster.supervise import LocalRanks, Supervisor
+rank = {RANK!r}
+command = ["bash", "-c", f"trap '' TERM; RANK=0 setsid {{sys.executable}} -S -c {{shlex.quote(rank)}} & sleep 60; true"]
+ending = [[sys.executable, "-m", "ummim.cluster.jobs", "killed-one", "end"]]
+folder = Path({str(tmp_path)!r}) / "folder"
+folder.mkdir()
+environment = {{**os.environ, VARIABLE: "killed-one"}}
+Supervisor(command, environment, LocalRanks("killed-one").stop, ending=ending, folder=folder).run()
+"""
+    words = [sys.executable, "-c", script]
+    supervisor = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert supervisor.stdout is not None
+    assert supervisor.stdout.readline() == "up\n"
+    assert processes("killed-one", ranks=True)
+    supervisor.kill()
+    printed, errors = supervisor.communicate(timeout=60)  # until the last of them has closed its end
+    assert "this job's supervisor was killed: all ranks save and end" in errors
+    deadline = time.monotonic() + 20
+    while processes("killed-one") or (tmp_path / "folder").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_killed_launcher_is_told_of(capfd: pytest.CaptureFixture[str]):
+    supervised("kill -9 $$")
+    assert "ummim: the launcher was killed by SIGKILL: all ranks save and end" in capfd.readouterr().err
+
+
 def test_exit_code_0_is_not_believed(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     words = ["5", "quickstart", f"output={tmp_path}", "--", "true"]
     done = subprocess.run(
         [sys.executable, "-m", "ummim.cluster.supervise", *words], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 1
-    assert done.stderr == f"ummim: {tmp_path}: no checkpoint yet\n"
+    early = "the launcher ended with exit code 0 before the run was at its end: was a part of it killed?"
+    assert done.stderr == f"ummim: {early}\nummim: {tmp_path}: no checkpoint yet\n"
 
 
 AWKWARD = [

@@ -11,7 +11,7 @@ from ummim.engine.optim import parameter_groups
 from ummim.engine.zero import deepspeed_config
 
 if TYPE_CHECKING:
-    from ummim.recipe import Recipe
+    from ummim.run_config import RunConfig
     from ummim.run_plan import RunPlan
 
 GIB = 2**30
@@ -118,7 +118,7 @@ class Strategy:
         )
 
 
-def strategy_of(recipe: Recipe, plan: RunPlan, stage: Stage | None = None) -> Strategy:
+def strategy_of(recipe: RunConfig, plan: RunPlan, stage: Stage | None = None) -> Strategy:
     """Of a recipe; of another ``stage`` of ZeRO it is that of the packaged configuration.
 
     Raises RecipeError for a ``ds_config`` that cannot be used.

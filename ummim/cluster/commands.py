@@ -35,6 +35,7 @@ def _preflight(options: argparse.Namespace) -> None:
     from ummim.cluster.preflight import preflight
     from ummim.cluster.remote import srun_command, ssh_command
     from ummim.recipe_file import load_recipe
+    from ummim.run_config import RunConfig
 
     if options.hostfile is not None:
         hosts, command = read_hostfile(options.hostfile), ssh_command
@@ -42,7 +43,7 @@ def _preflight(options: argparse.Namespace) -> None:
         hosts, command = slurm_hosts(os.environ), srun_command
     else:
         raise UserError("preflight: give --hostfile FILE, or --slurm inside a Slurm job")
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = load_recipe(options.recipe, options.overrides, RunConfig)
     found = preflight(recipe, hosts, command, options.master_addr, options.port, int(options.free_gib * 2**30))
     print(found.report)
     if options.address_file is not None:

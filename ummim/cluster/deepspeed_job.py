@@ -55,12 +55,17 @@ def deepspeed_command(hostfile: Path, address: str, port: int, arguments: Sequen
     return [str(deepspeed), *options, *rendezvous, "train.py", *(quoted(word) for word in arguments)]
 
 
+def _commands(hosts: Sequence[Host], words: Sequence[str]) -> list[list[str]]:
+    """The argvs that run ``ummim.cluster.jobs`` on each host."""
+    return [ssh_command(host, [sys.executable, "-m", "ummim.cluster.jobs", *words]) for host in hosts]
+
+
 def on_hosts(hosts: Sequence[Host], words: Sequence[str], seconds: float) -> int:
     """Run ``ummim.cluster.jobs`` on all hosts at once; returns the sum of what they print, and tells who is silent."""
-    commands = [ssh_command(host, [sys.executable, "-m", "ummim.cluster.jobs", *words]) for host in hosts]
     pipe, none = subprocess.PIPE, subprocess.DEVNULL
     running = [
-        subprocess.Popen(c, stdin=none, stdout=pipe, stderr=none, text=True, start_new_session=True) for c in commands
+        subprocess.Popen(c, stdin=none, stdout=pipe, stderr=none, text=True, start_new_session=True)
+        for c in _commands(hosts, words)
     ]
     total = 0
     for host, process in zip(hosts, running, strict=True):
@@ -104,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
             return on_hosts(hosts, [job, number.name.removeprefix("SIG")], 30)
 
         command = deepspeed_command(options.hostfile, address, options.port, words)
-        supervisor = Supervisor(command, variables, stop)
+        supervisor = Supervisor(command, variables, stop, ending=_commands(hosts, [job, "end"]), folder=folder)
         code = supervisor.run()
         if left := on_hosts(hosts, [job, "end"], LEAVE_SECONDS + 30):
             tell(f"{left} processes of the job were still there: killed")

@@ -23,7 +23,7 @@ from ummim.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ummim.recipe import Recipe
+    from ummim.run_config import RunConfig
 
 FACTS_SECONDS = 180.0  # importing torch over a slow network file system takes a minute and more
 CLOCK_SECONDS = 10.0
@@ -40,7 +40,7 @@ class Passed(NamedTuple):
 
 
 def preflight(
-    recipe: Recipe, hosts: Sequence[Host], command: Command, master: str | None, port: int, free_output: int
+    recipe: RunConfig, hosts: Sequence[Host], command: Command, master: str | None, port: int, free_output: int
 ) -> Passed:
     """Check ``hosts`` for ``recipe``.
 
@@ -76,7 +76,7 @@ def _token(output: Path) -> Iterator[str]:
 
 
 async def _check(
-    recipe: Recipe, hosts: Sequence[Host], command: Command, master: str | None, port: int, free: int, token: str
+    recipe: RunConfig, hosts: Sequence[Host], command: Command, master: str | None, port: int, free: int, token: str
 ) -> Passed:
     checked = [Checked(host) for host in hosts]
     probes: dict[str, Probe] = {}

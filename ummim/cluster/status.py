@@ -7,7 +7,7 @@ from pathlib import Path
 from ummim.engine.checkpoint import FOLDER, steps
 from ummim.engine.resume import newest_valid, read_state
 from ummim.errors import CheckpointError
-from ummim.recipe import Recipe
+from ummim.run_config import RunConfig
 from ummim.recipe_file import load_recipe
 
 
@@ -51,9 +51,9 @@ def status(run: str, overrides: Sequence[str] = (), whole: bool = True) -> Statu
     if folder.is_dir() and not overrides:
         if not (folder / "recipe.yaml").is_file():
             raise CheckpointError(f"{run}: is no run's folder: it has no recipe.yaml")
-        recipe, output = load_recipe(str(folder / "recipe.yaml")), folder
+        recipe, output = load_recipe(str(folder / "recipe.yaml"), (), RunConfig), folder
     else:
-        recipe = load_recipe(run, overrides)
+        recipe = load_recipe(run, overrides, RunConfig)
         output = Path(recipe.output)
     checkpoint = newest_valid(output / FOLDER) if whole else next(iter(steps(output / FOLDER)), None)
     if checkpoint is None:
@@ -62,7 +62,7 @@ def status(run: str, overrides: Sequence[str] = (), whole: bool = True) -> Statu
     return Status(output, checkpoint, state.step, stop_step(recipe, state.step, state.epoch))
 
 
-def stop_step(recipe: Recipe, step: int, epoch: float) -> int:
+def stop_step(recipe: RunConfig, step: int, epoch: float) -> int:
     """Where ``recipe`` ends, from a checkpoint at optimizer step ``step``, that is after ``epoch`` epochs."""
     steps_per_epoch = round(step / epoch)
     return recipe.plan(1, steps_per_epoch * recipe.global_batch).stop_step

@@ -15,11 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import IO
 
 from ummim.cluster.jobs import VARIABLE, end, processes, send
+from ummim.cluster.successor import Successor, end_group
 from ummim.errors import run_main
 
 LOST = re.compile(rb"pdsh@\S+: (\S+): ssh exited with exit code (\d+)")
@@ -52,6 +53,8 @@ class Supervisor:
             hears no signal itself, and is ended once there are none. None: it ends when its ranks do.
         save_seconds: how long they may take.
         hopeless: why the launcher can do no more, though it has not ended; empty if it can.
+        ending: argvs that end the job on its hosts, should this process be killed.
+        folder: to be removed then.
     """
 
     def __init__(
@@ -62,25 +65,29 @@ class Supervisor:
         remaining: Callable[[], int] | None = None,
         save_seconds: float = SAVE_GRACE,
         hopeless: Callable[[], str] = str,
+        ending: Sequence[Sequence[str]] = (),
+        folder: Path | None = None,
     ) -> None:
         self.command, self.environment, self.stop, self.remaining = command, environment, stop, remaining
-        self.save_seconds, self.hopeless = save_seconds, hopeless
+        self.save_seconds, self.hopeless, self.ending, self.folder = save_seconds, hopeless, ending, folder
         self.asked: signal.Signals | None = None
         self._times = self._answered = 0  # signals that came, and that were answered
         self._deadline = float("inf")
         self._first = self._lost = 0  # exit codes of a host that the launcher lost: the first, the one that counts
+        self._killed = False  # by us
 
     def run(self) -> int:
         """The launcher's exit code, with 128 + N for signal N; where it had to be ended, that of the host it lost."""
         previous = {number: signal.signal(number, self._handle) for number in _CODES}
+        process = subprocess.Popen(
+            self.command,
+            env=dict(self.environment),
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=None if self.remaining is None else _hear_nothing,
+        )
+        successor = Successor(process.pid, self.ending, self.folder)
         try:
-            process = subprocess.Popen(
-                self.command,
-                env=dict(self.environment),
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-                preexec_fn=None if self.remaining is None else _hear_nothing,
-            )
             reader = threading.Thread(target=self._read, args=(process.stderr,), daemon=True)
             reader.start()
             while (code := process.poll()) is None:
@@ -88,8 +95,11 @@ class Supervisor:
                 time.sleep(0.1)
             reader.join(2.0)  # a process that it left behind may hold the pipe open
         finally:
+            successor.dismiss()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+        if code < 0 and not self._killed:
+            tell(f"the launcher was killed by {signal.Signals(-code).name}: all ranks save and end")
         return self._lost or (128 - code if code < 0 else code)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -104,21 +114,25 @@ class Supervisor:
             found = self.stop(self.asked)
             tell(f"{self.asked.name}: {found} ranks are asked to save; once more ends at once")
             if found == 0:
-                _kill(process)
+                self._kill(process)
             self._deadline = min(self._deadline, now + self.save_seconds)
         elif self._times > self._answered and self.asked == signal.SIGINT:
             tell("told again: ending at once")
             self._answered = self._times
-            _kill(process)
+            self._kill(process)
         elif now > self._deadline:
             tell("not all ranks have ended in time: ending the job")
             self._deadline, self._lost = float("inf"), self._first
-            _kill(process)
+            self._kill(process)
         elif self._answered and self.remaining is not None and self.remaining() == 0:
-            _kill(process)
+            self._kill(process)
         elif reason := self.hopeless():
             tell(f"{reason}: ending the job here")
-            _kill(process)
+            self._kill(process)
+
+    def _kill(self, process: subprocess.Popen[bytes]) -> None:
+        self._killed = True
+        end_group(process.pid)
 
     def _read(self, errors: IO[bytes]) -> None:
         """Pass the launcher's stderr on; note the first host that it lost."""
@@ -138,12 +152,6 @@ def _hear_nothing() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """The launcher and what it has started on this host: pdsh, and pdsh's ssh."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
 def outcome(code: int, asked: signal.Signals | None, recipe: str, overrides: Sequence[str]) -> int:
     """The job's exit code from its launcher's. 0 is not believed: the run must have reached its end."""
     if asked is not None and code not in SAVED:
@@ -154,6 +162,8 @@ def outcome(code: int, asked: signal.Signals | None, recipe: str, overrides: Seq
     from ummim.cluster.status import status
 
     found = status(recipe, overrides, whole=False)
+    if not found.ended:
+        tell("the launcher ended with exit code 0 before the run was at its end: was a part of it killed?")
     tell(str(found))
     return 0 if found.ended else 1
 
@@ -209,7 +219,8 @@ def main(arguments: Sequence[str]) -> int:
     job = new_job()
     ranks = LocalRanks(job, command[command.index(ENDPOINT) + 1] if ENDPOINT in command else "")
     environment = {**os.environ, VARIABLE: job}
-    supervisor = Supervisor(command, environment, ranks.stop, ranks.remaining, float(seconds), ranks.cut_off)
+    ending = [[sys.executable, "-m", "ummim.cluster.jobs", job, "end"]]
+    supervisor = Supervisor(command, environment, ranks.stop, ranks.remaining, float(seconds), ranks.cut_off, ending)
     code = supervisor.run()
     if left := end(job):
         tell(f"the launcher had left {left} processes behind: killed")

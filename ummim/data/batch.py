@@ -58,13 +58,7 @@ class Batch:
         tensors = {part: getattr(self.plan, part).contiguous() for part in PARTS}
         tensors |= {"images": self.images, "labels": self.labels}
         plan = {"grid": self.plan.grid, "compact": self.plan.compact, "shared": self.plan.shared is not None}
-        values = {**told, "keys": self.keys, **plan}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        save_file(tensors, partial, {name: json.dumps(value) for name, value in values.items()})
-        shutil.copymode(path.parent, partial)  # safetensors makes its files private
-        partial.chmod(partial.stat().st_mode & 0o666)
-        partial.replace(path)
+        write_tensors(path, tensors, {**told, "keys": self.keys, **plan})
 
     @staticmethod
     def load(path: Path) -> "tuple[Batch, dict[str, Any]]":
@@ -81,3 +75,13 @@ class Batch:
         shared = tuple(parts["visible"][0].tolist()) if told["shared"] else None
         plan = MaskPlan(tuple(told["grid"]), **parts, compact=told["compact"], shared=shared)
         return Batch(tensors["images"], plan, tensors["labels"], told["keys"]), told
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Write safetensors in one step; plain ``values`` are in the metadata, as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(tensors, partial, {name: json.dumps(value) for name, value in values.items()})
+    shutil.copymode(path.parent, partial)  # safetensors makes its files private
+    partial.chmod(partial.stat().st_mode & 0o666)
+    partial.replace(path)

@@ -1,5 +1,6 @@
 """The ``data`` section of a recipe."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -86,3 +87,52 @@ class DataConfig:
             return None
         folder = default_folder() if self.cache is None else Path(self.cache)
         return ShardCache(folder, parse_size(self.cache_size), self.retry_seconds)
+
+
+@dataclass(frozen=True)
+class LabelledDataConfig(DataConfig):
+    """The ``data`` section of an evaluation. Defaults are those of plain training; MAE's fine-tuning is in its recipe.
+
+    Attributes:
+        crop_scale: area of the resized crop as a share of the image's, (smallest, largest).
+        randaugment: timm's RandAugment, such as ``rand-m9-mstd0.5-inc1`` (MAE); empty: none.
+        color_jitter: strength of random brightness, contrast and saturation; only where there is no RandAugment.
+        erasing: probability that a random rectangle of a training image is replaced by noise (timm's RandomErasing).
+        eval_resize: shorter side, in pixels, that an image is resized to before its centre is cut out for evaluation.
+            None: ``image_size`` / 0.875 up to 224 pixels, ``image_size`` above (MAE, UM-MAE). SimMIM: ``image_size``
+            * 256 / 224 always.
+    """
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    randaugment: str = ""
+    color_jitter: float = 0.0
+    erasing: float = 0.0
+    eval_resize: int | None = None
+
+    @property
+    def eval_side(self) -> int:
+        """The shorter side, in pixels, before the centre crop."""
+        if self.eval_resize is not None:
+            return self.eval_resize
+        return int(self.image_size / 0.875) if self.image_size <= 224 else self.image_size
+
+    def validate(self) -> None:
+        """Raise ``RecipeError`` for the first field whose value cannot work."""
+        super().validate()
+        if not 0 <= self.erasing <= 1:
+            raise RecipeError("is a probability: choose a value between 0 and 1", "data.erasing")
+        if not 0 <= self.color_jitter <= 1:
+            raise RecipeError("is a strength: choose a value between 0 and 1, such as 0.4", "data.color_jitter")
+        if self.eval_resize is not None and self.eval_resize < self.image_size:
+            raise RecipeError(f"must be at least data.image_size = {self.image_size}", "data.eval_resize")
+        if self.randaugment:
+            check_randaugment(self.randaugment)
+
+
+_RANDAUGMENT = re.compile(r"rand(?:-(?:m\d+|n\d+|p\d+(?:\.\d+)?|mstd\d+(?:\.\d+)?|mmax\d+|inc[01]))*")
+
+
+def check_randaugment(text: str) -> None:
+    """Refuse what timm's RandAugment does not read; it would pass over an unknown part of it in silence."""
+    if not _RANDAUGMENT.fullmatch(text):
+        raise RecipeError("is no RandAugment that timm knows; such as rand-m9-mstd0.5-inc1", "data.randaugment")

@@ -9,12 +9,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from ummim.data.attention import AttentionMaps
-from ummim.data.batch import Batch
 from ummim.data.config import DataConfig
 from ummim.data.order import MicroBatches, Pick
 from ummim.data.prefetch import Prefetcher
 from ummim.data.samples import Samples
-from ummim.data.shards import ShardIndex
+from ummim.data.shards import ShardIndex, ShardReader
 from ummim.data.workers import REMEDY, Supervised, WorkerDied, start_worker
 from ummim.errors import DataError
 from ummim.masking import PlanSampler
@@ -35,6 +34,15 @@ class BatchPlan(Protocol):
     def steps_per_epoch(self) -> int: ...
     @property
     def stop_step(self) -> int: ...
+
+
+class Reading(Protocol):
+    """What makes a batch of picks; ``Samples`` in pre-training."""
+
+    seed: int
+    reader: ShardReader
+
+    def __getitems__(self, picks: list[Pick]) -> Any: ...
 
 
 class PickBatches(Protocol):
@@ -59,7 +67,7 @@ class Loader:
 
     def __init__(
         self,
-        samples: Samples,
+        samples: Reading,
         micro_batches: PickBatches,
         workers: int,
         restarts: int = 0,
@@ -76,7 +84,7 @@ class Loader:
         """Micro-batches that are left."""
         return len(self.micro_batches) - self.position
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         """Yield what is left; worker processes end with the iteration, also when it is left early.
 
         If a worker process dies, all are started anew with the first micro-batch that was not handed out: none is
@@ -109,9 +117,9 @@ class Loader:
             )
         self.position = state["step"] * self.accumulation
 
-    def _batches(self) -> Iterator[Batch]:
-        loader = DataLoader(
-            self.samples,
+    def _batches(self) -> Iterator[Any]:
+        loader: DataLoader[Any] = DataLoader(
+            self.samples,  # type: ignore[arg-type]  # has __getitems__ alone
             batch_sampler=map(self.micro_batches.__getitem__, range(self.position, len(self.micro_batches))),
             num_workers=self.workers,
             collate_fn=_as_is,
@@ -163,6 +171,22 @@ def build_loader(
         DataError: fewer samples than one global batch.
         ValueError: an index that does not fit the plan.
     """
+    sampler.warm_up()
+    samples = Samples(index, data, sampler, seed, attention=attention)
+    return training_loader(samples, index, data, seed, plan, rank, world_size, start_step)
+
+
+def training_loader(
+    samples: Reading,
+    index: ShardIndex,
+    data: DataConfig,
+    seed: int,
+    plan: BatchPlan,
+    rank: int,
+    world_size: int,
+    start_step: int = 0,
+) -> Loader:
+    """``build_loader`` for ``samples``, whatever they make batches of."""
     data.validate()
     if plan.accumulation * world_size * plan.micro_batch != plan.global_batch:
         raise ValueError(f"{plan.accumulation} x {world_size} x {plan.micro_batch} is not {plan.global_batch}")
@@ -175,8 +199,6 @@ def build_loader(
     micro_batches = MicroBatches(index, seed, data.streams, data.window, layout, rank, plan.stop_step)
     if micro_batches.steps_per_epoch != plan.steps_per_epoch:
         raise ValueError(f"{plan.steps_per_epoch} steps an epoch do not fit {len(index)} samples")
-    sampler.warm_up()
-    samples = Samples(index, data, sampler, seed, attention=attention)
     ahead = 2 * data.streams * data.window  # the shards in use, and the next of each stream
 
     def prefetcher(position: int) -> Prefetcher:

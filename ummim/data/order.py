@@ -11,6 +11,7 @@ arithmetic, the place to a window of shards, and only windows in use are permute
 
 import heapq
 from collections.abc import Iterator
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
@@ -206,3 +207,32 @@ class MicroBatches:
 
     def _order_of(self, epoch: int) -> EpochOrder:
         return EpochOrder(self.first, self.seed, epoch, self.streams, self.window)
+
+
+class RowBatches:
+    """The rows of a table, batch by batch and rank after rank; the last row again until all ranks have as many.
+
+    Args:
+        first: (shards + 1,) the row of each shard's first sample, and the sample count, as in ``ShardIndex``.
+        batch: rows of a rank's batch.
+        rank, world_size: this process among all.
+    """
+
+    def __init__(self, first: np.ndarray, batch: int, rank: int, world_size: int) -> None:
+        self.first, self.rows = first, int(first[-1])
+        self.batch, self.rank, self.world_size = batch, rank, world_size
+
+    def __len__(self) -> int:
+        return ceil(self.rows / (self.batch * self.world_size))
+
+    def __getitem__(self, number: int) -> list[Pick]:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        first = (number * self.world_size + self.rank) * self.batch
+        return [Pick(0, min(row, self.rows - 1), 0) for row in range(first, first + self.batch)]
+
+    def upcoming_shards(self, number: int = 0) -> Iterator[int]:
+        """Numbers of the shards that all ranks read from batch ``number`` on, in order. Safe in a thread."""
+        row = min(number * self.world_size * self.batch, self.rows)
+        start = int(np.searchsorted(self.first, row, "right")) - 1
+        yield from (shard for shard in range(start, len(self.first) - 1) if self.first[shard] < self.first[shard + 1])

@@ -2,7 +2,6 @@
 
 from collections.abc import Container
 from contextlib import closing
-from itertools import chain
 
 import numpy as np
 import torch
@@ -13,9 +12,10 @@ from ummim.data.attention import AttentionMaps
 from ummim.data.augment import Augment, Box, View
 from ummim.data.batch import Batch
 from ummim.data.config import DataConfig
-from ummim.data.faults import Fault, SourceDown, replacements
+from ummim.data.faults import Fault
 from ummim.data.order import Pick
-from ummim.data.shards import ShardIndex, ShardReader
+from ummim.data.shards import ShardIndex
+from ummim.data.sound import SoundRows
 from ummim.errors import DataError
 from ummim.masking import PlanSampler, SamplePlan
 from ummim.seeds import sample_seed
@@ -45,10 +45,10 @@ class Samples(Dataset):
         sparse: bool = False,
     ) -> None:
         self.index, self.size, self.sampler, self.seed = index, data.image_size, sampler, seed
-        self.view, self.attention, self.bad = view, attention, bad
+        self.view, self.attention = view, attention
         self.augment = Augment(data)
-        self.reader = ShardReader(index, sparse)
-        self.gone = False  # nothing could be read: every further sample would wait for it in vain
+        self.rows = SoundRows(index, seed, bad, sparse)
+        self.reader = self.rows.reader
 
     def __getitems__(self, picks: list[Pick]) -> Batch:
         return self.batch(picks)
@@ -58,54 +58,27 @@ class Samples(Dataset):
         images = torch.empty(len(picks), 3, self.size, self.size, dtype=torch.uint8)
         pixels = images.numpy()  # transposing in numpy is faster: torch starts threads for it
         plans: list[SamplePlan] = []
-        rows: list[int] = []
+        found: list[int] = []
         faults: list[Fault] = []
         for i, pick in enumerate(picks):
-            row, view, plan, failed = self.sound(pick)
-            pixels[i] = view.numpy()
-            plans.append(plan)
-            rows.append(row)
+            row, made, failed = self.rows.sound(pick, self.masked_view)
+            if made is None:  # nothing could be read: black
+                made = torch.zeros(3, self.size, self.size, dtype=torch.uint8), self.plan(pick, _WHOLE)
+            pixels[i] = made[0].numpy()
+            plans.append(made[1])
+            found.append(row)
             faults += failed
-        labels = torch.tensor([int(self.index.table["label"][row]) for row in rows])  # (B,)
+        labels = torch.tensor([int(self.index.table["label"][row]) for row in found])  # (B,)
         stack = self.sampler.stack if self.attention is None else self.attention.sampler.stack
-        return Batch(images, stack(plans), labels, [self.index.key(row) for row in rows], tuple(faults))
+        return Batch(images, stack(plans), labels, [self.index.key(row) for row in found], tuple(faults))
 
-    def sound(self, pick: Pick) -> tuple[int, Tensor, SamplePlan, list[Fault]]:
-        """The pick's row, view (3, S, S) uint8 and plan, or those of its first replacement that can be read.
-
-        Where nothing can be read the view is black: this rank still takes its part in the step to the end, and
-        all ranks stop after it.
-        """
-        failed: list[tuple[int, str]] = []
-        for row in chain([pick.row], replacements(self.seed, pick.epoch, pick.row, len(self.index))):
-            if self.gone:
-                failed.append((row, "nothing else could be read"))
-                break
-            try:
-                view, plan = self.masked_view(pick._replace(row=row))
-            except DataError as error:
-                failed.append((row, str(error).removeprefix(f"{self.reader.where(row)}: ")))
-                if isinstance(error, SourceDown):
-                    break
-                continue
-            return row, view, plan, self.faults(pick.epoch, failed, self.index.key(row))
-        self.gone = True
-        black = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
-        return pick.row, black, self.plan(pick, _WHOLE), self.faults(pick.epoch, failed, None)
-
-    def masked_view(self, pick: Pick) -> tuple[Tensor, SamplePlan]:
-        """Read, decode, crop and mask one sample. Raises ``DataError`` if it cannot be done."""
-        if pick.row in self.bad:
-            raise DataError("known to be bad")
-        data = self.reader.read(pick.row)
+    def masked_view(self, data: bytes, pick: Pick) -> tuple[Tensor, SamplePlan]:
+        """Decode, crop and mask one sample. Raises ``ValueError`` if the bytes are no image."""
         seed = sample_seed(self.seed, pick.epoch, self.index.key(pick.row))
-        try:
-            if self.attention is not None:
-                view, box = self.augment.located_view(data, seed)
-            else:
-                view, box = self.augment.view(data, seed, self.view), _WHOLE
-        except ValueError as error:
-            raise DataError(f"the image cannot be decoded: {error}") from None
+        if self.attention is not None:
+            view, box = self.augment.located_view(data, seed)
+        else:
+            view, box = self.augment.view(data, seed, self.view), _WHOLE
         return view, self.plan(pick, box)
 
     def plan(self, pick: Pick, box: Box) -> SamplePlan:
@@ -114,17 +87,6 @@ class Samples(Dataset):
         if self.attention is not None:
             return self.attention.plan(pick.row, box, sample_seed(self.seed, pick.epoch, key))
         return self.sampler(self.sampler.seed(self.seed, pick.epoch, key, pick.position))
-
-    def faults(self, epoch: int, failed: list[tuple[int, str]], replacement: str | None) -> list[Fault]:
-        """Rows that were tried for one sample, with what was wrong with each, as faults."""
-        places = [self.index.table[row] for row, _ in failed]
-        return [
-            Fault(
-                epoch, row, self.index.shards[place["shard"]].name, self.index.key(row), int(place["offset"]), reason,
-                attempt, replacement,
-            )
-            for attempt, ((row, reason), place) in enumerate(zip(failed, places, strict=True))
-        ]  # fmt: skip
 
 
 def fixed_batch(index: ShardIndex, data: DataConfig, sampler: PlanSampler, seed: int, count: int) -> Batch:

@@ -22,7 +22,7 @@ from ummim.errors import UserError
 if TYPE_CHECKING:
     from ummim.engine.trainer import Accumulated
     from ummim.engine.zero import World
-    from ummim.recipe import Recipe
+    from ummim.run_config import RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class BadSteps:
     been sent back, meets it no more. Every rank holds the same list. ``mean`` is of the losses so far.
     """
 
-    def __init__(self, recipe: Recipe, mean: LossMean, settle: Callable[[], None], world: World) -> None:
+    def __init__(self, recipe: RunConfig, mean: LossMean, settle: Callable[[], None], world: World) -> None:
         """``settle`` ends the checkpoint under way, if there is one: a bad step may end the run or send it back."""
         self.recipe, self.config, self.world, self.mean, self.settle = recipe, recipe.bad_steps, world, mean, settle
         self.path = Path(recipe.output) / FILE

@@ -23,7 +23,7 @@ from ummim.engine.checkpoint_shards import Contents
 from ummim.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from ummim.recipe import Recipe
+    from ummim.run_config import RunConfig
     from ummim.run_plan import RunPlan
 
 FOLDER = "checkpoints"
@@ -56,7 +56,7 @@ class RunState:
     """Those of ``bad_steps.LossMean``."""
 
     @classmethod
-    def at(cls, step: int, recipe: Recipe, plan: RunPlan, digest: str, layout: str) -> RunState:
+    def at(cls, step: int, recipe: RunConfig, plan: RunPlan, digest: str, layout: str) -> RunState:
         return cls(
             step=step,
             epoch=step / plan.steps_per_epoch,
@@ -76,12 +76,12 @@ class RunState:
         )
 
 
-def is_milestone(step: int, recipe: Recipe, plan: RunPlan) -> bool:
+def is_milestone(step: int, recipe: RunConfig, plan: RunPlan) -> bool:
     """Whether the checkpoint after ``step`` optimizer steps is written in any case, with all weights, and stays."""
     return bool(recipe.milestone_every) and step % (recipe.milestone_every * plan.steps_per_epoch) == 0
 
 
-def is_due(step: int, recipe: Recipe, plan: RunPlan) -> bool:
+def is_due(step: int, recipe: RunConfig, plan: RunPlan) -> bool:
     """Whether a checkpoint is written after ``step`` optimizer steps."""
     regular = bool(recipe.checkpoint_every) and step % recipe.checkpoint_every == 0
     return regular or is_milestone(step, recipe, plan) or step == plan.stop_step
@@ -148,7 +148,7 @@ def unwritten(folder: Path, state: RunState, reason: str) -> CheckpointError:
     """Remove what there is of a checkpoint that could not be written, and say why in words for the user."""
     remove_leftovers(folder)
     left = steps(folder)
-    resume = f"the same command resumes from {left[0].name}" if left else "there is no earlier one"
+    resume = f"the same command resumes from {left[0].name}, if that is whole" if left else "there is no earlier one"
     return CheckpointError(f"{folder}/step-{state.step} could not be saved: {_plainly(reason, folder)}; {resume}")
 
 

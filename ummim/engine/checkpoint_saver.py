@@ -25,7 +25,7 @@ from ummim.errors import EXIT_USER, CheckpointError
 if TYPE_CHECKING:
     from ummim.engine.bad_steps import LossMean
     from ummim.engine.zero import World
-    from ummim.recipe import Recipe
+    from ummim.run_config import RunConfig
     from ummim.run_plan import RunPlan
 
 POLL_SECONDS = 0.05  # between two questions to all ranks whether they have written
@@ -43,7 +43,7 @@ class Saver:
     CheckpointError on rank 0, quietly on the others. The checkpoints before it are untouched and no half one is left.
     """
 
-    def __init__(self, engine: Any, recipe: Recipe, plan: RunPlan, digest: str, world: World) -> None:
+    def __init__(self, engine: Any, recipe: RunConfig, plan: RunPlan, digest: str, world: World) -> None:
         self.engine, self.recipe, self.plan, self.digest, self.world = engine, recipe, plan, digest, world
         self.folder = Path(recipe.output) / FOLDER
         self._thread = ThreadPoolExecutor(1, "checkpoint")

@@ -1,7 +1,8 @@
 """The rank files of a checkpoint as one table of contents, from which any number of ranks reads what it needs.
 
 A rank's file holds float32 slices of the flattened parameters that it owned: ``master/NAME@START`` (the weights),
-``exp_avg/NAME@START`` and ``exp_avg_sq/NAME@START`` (AdamW's moments). Rank 0's also holds ``frozen/NAME`` and
+``exp_avg/NAME@START`` and ``exp_avg_sq/NAME@START`` (AdamW's moments) or ``momentum_buffer/NAME@START`` (LARS's), and
+``average/NAME@START`` (the moving average of the weights, if there is one). Rank 0's also holds ``frozen/NAME`` and
 ``buffer/NAME`` in full, and in its header the shapes. Nothing here talks to other processes.
 """
 
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from ummim.errors import CheckpointError
 
-MASTER, FROZEN, BUFFER = "master", "frozen", "buffer"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MASTER, AVERAGE, FROZEN, BUFFER = "master", "average", "frozen", "buffer"
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 FORMAT = "ummim rank file 1"
 
 
@@ -93,7 +94,7 @@ class Contents:
             self._pieces[kind, name].append(Piece(int(start), int(start) + length, file, key))
 
     def _check(self) -> None:
-        for kind in (MASTER, *(MOMENTS if self.has_moments else ())):
+        for kind in {MASTER, *self.kinds}:
             for name, shape in self.shapes.items():
                 pieces = sorted(self._pieces[kind, name], key=lambda piece: piece[:2])
                 bounds = [0, *(bound for piece in pieces for bound in piece[:2]), math.prod(shape)]
@@ -102,9 +103,9 @@ class Contents:
                 self._pieces[kind, name] = pieces
 
     @property
-    def has_moments(self) -> bool:
-        """Whether AdamW had taken a step."""
-        return any(kind in MOMENTS for kind, _ in self._pieces)
+    def kinds(self) -> set[str]:
+        """What there is of each trained parameter, such as ``master``; moments only once the optimizer had stepped."""
+        return {kind for kind, _ in self._pieces}
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
         """Elements ``start`` to ``start + numel`` of a flattened parameter: (numel,) float32."""
@@ -121,11 +122,14 @@ class Contents:
         tensor: Tensor = self.full[key].get_tensor(key)
         return tensor
 
-    def weights(self) -> dict[str, Tensor]:
-        """All weights in float32 and all saved buffers, under the names of ``task.state_dict()``."""
+    def weights(self, kind: str = MASTER) -> dict[str, Tensor]:
+        """All weights in float32 and all saved buffers, under the names of ``task.state_dict()``.
+
+        kind: ``average``: the weights' moving average instead.
+        """
         state = {}
         for name, shape in self.shapes.items():
-            state[name] = self.read(MASTER, name, 0, math.prod(shape)).view(shape)
+            state[name] = self.read(kind, name, 0, math.prod(shape)).view(shape)
         state.update({key.partition("/")[2]: self.whole(key) for key in self.full})
         state.update({alias: state[name].clone() for alias, name in self._aliases.items()})
         return state

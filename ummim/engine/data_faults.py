@@ -16,7 +16,7 @@ from ummim.errors import DataError
 
 if TYPE_CHECKING:
     from ummim.engine.zero import World
-    from ummim.recipe import Recipe
+    from ummim.run_config import RunConfig
     from ummim.run_plan import RunPlan
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class FaultLog:
     ``total``: bad samples on all ranks since this start.
     """
 
-    def __init__(self, recipe: Recipe, plan: RunPlan, start_step: int, world: World) -> None:
+    def __init__(self, recipe: RunConfig, plan: RunPlan, start_step: int, world: World) -> None:
         self.recipe, self.plan, self.world = recipe, plan, world
         name = "data_faults.jsonl" if world.size == 1 else f"data_faults-{world.rank}.jsonl"
         self.path = Path(recipe.output) / name

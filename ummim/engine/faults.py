@@ -94,6 +94,14 @@ def agree(loss: Tensor, code: int, faults: Sequence[Any], saving: bool, world: W
     return Agreement(total / world.size, stop, int(unread), lost > 0, int(writing))
 
 
+def agreed_stop(code: int, world: World) -> int:
+    """The exit code that any rank asks for; 0: none. Every rank must call it."""
+    asked = torch.tensor([code == EXIT_PREEMPTED, code == EXIT_INTERRUPT], dtype=torch.float32, device=world.device)
+    dist.all_reduce(asked)
+    preempted, interrupted = asked.tolist()
+    return EXIT_PREEMPTED if preempted else EXIT_INTERRUPT if interrupted else 0
+
+
 def raise_together(error: Exception, world: World) -> NoReturn:
     """Raise ``error`` on rank 0 and end the others quietly: one message. Every rank must call it."""
     if world.is_main:

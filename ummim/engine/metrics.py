@@ -9,6 +9,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from ummim.errors import UserError
 
 if TYPE_CHECKING:
     from ummim.engine.zero import World
-    from ummim.recipe import Recipe
+    from ummim.run_config import RunConfig
     from ummim.run_plan import RunPlan
 
 FILE = "metrics.jsonl"
@@ -38,8 +39,12 @@ def drop_after(path: Path, step: int) -> None:
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
             kept.append(line + "\n")
+    _replace(path, "".join(kept))
+
+
+def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text("".join(kept))
+    temporary.write_text(text)
     temporary.replace(path)
 
 
@@ -78,7 +83,7 @@ class MetricsLog:
     Lines after ``start_step`` in an earlier ``metrics.jsonl`` are dropped: they are about to be trained again.
     """
 
-    def __init__(self, recipe: Recipe, plan: RunPlan, start_step: int, world: World) -> None:
+    def __init__(self, recipe: RunConfig, plan: RunPlan, start_step: int, world: World) -> None:
         self.output = Path(recipe.output)
         self._sinks: list[Any] = []
         self._wandb: Any = None
@@ -104,6 +109,23 @@ class MetricsLog:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         for sink in self._sinks:
             sink(clean)
+
+    def amend(self, step: int, values: Mapping[str, float]) -> None:
+        """Add ``values`` to the line that was written for ``step`` before the run stopped, if there is one."""
+        if not self._sinks or not values:
+            return
+        path = self.output / FILE
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        for record in records:
+            if record["step"] == step:
+                record.update(values)
+        self._file.close()
+        _replace(path, "".join(json.dumps(record) + "\n" for record in records))
+        self._file = path.open("a")
+        if self._write_board in self._sinks:
+            self._write_board({"step": step, **values})
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
 
     def advance(self, step: int) -> None:
         """Move the progress bar: ``step`` optimizer steps are done."""
@@ -133,7 +155,7 @@ class MetricsLog:
                 self._board.add_scalar(name, value, record["step"])
 
 
-def _start_wandb(recipe: Recipe) -> Any:
+def _start_wandb(recipe: RunConfig) -> Any:
     try:
         wandb = importlib.import_module("wandb")
     except ImportError as error:

@@ -1,9 +1,11 @@
-"""AdamW, its two parameter groups, and the learning rate as a pure function of the optimizer step."""
+"""AdamW or LARS, the parameter groups, and the learning rate as a pure function of the optimizer step."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from timm.optim.lars import Lars
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.scheduler.multistep_lr import MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
@@ -14,14 +16,16 @@ from ummim.run_plan import RunPlan
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule. The defaults are MAE's pre-training (table 8 of the paper).
+    """The optimizer and its schedule. The defaults are MAE's pre-training (table 8 of the paper).
 
     Attributes:
+        optimizer: ``adamw``, or timm's ``lars`` (MAE's linear probe; layers must be whole: zero_stage 0).
         base_lr: learning rate for a batch of ``reference_batch`` images; the run's peak is ``base_lr *
             global_batch / reference_batch`` (the linear scaling rule, Goyal et al. 2017).
         reference_batch: images that ``base_lr`` is quoted for: 256 in the MAE family, 512 in the SimMIM family.
         betas: AdamW's decay rates of the two moments, per optimizer step.
         eps: AdamW's term in the denominator (PyTorch's default; every paper here leaves it).
+        momentum: of LARS.
         weight_decay: decoupled weight decay, multiplied by the learning rate at each step.
         schedule: after the warm-up, ``cosine`` falls to ``min_lr`` over the rest of the run, ``step`` stays at the
             peak and is multiplied by ``decay_rate`` at each of ``decay_epochs`` (SimMIM's 800 epochs).
@@ -35,10 +39,12 @@ class OptimConfig:
         clip_grad: largest global gradient norm; 0 switches clipping off (MAE family: off; SimMIM: 5.0).
     """
 
+    optimizer: Literal["adamw", "lars"] = "adamw"
     base_lr: float = 1.5e-4
     reference_batch: int = 256
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
+    momentum: float = 0.9
     weight_decay: float = 0.05
     schedule: Literal["cosine", "step"] = "cosine"
     warmup_epochs: float = 40.0
@@ -68,13 +74,44 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """PyTorch's own AdamW, at a learning rate of 0 until the schedule sets one.
+def layer_decay_groups(
+    model: nn.Module, layer_ids: Mapping[str, int], decay: float, weight_decay: float, exempt: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Split the trainable parameters by layer: a layer's ``lr_scale`` is ``decay ** (top - id)`` (BEiT, MAE, SimMIM).
+
+    The groups ascend, so that the last one has the full rate. Not decayed, as weights, are one-dimensional parameters
+    and those that ``exempt`` names.
+
+    Args:
+        model: the model.
+        layer_ids: each trainable parameter's layer, by name; the highest is the head's.
+        decay: a layer's rate as a multiple of the next one's.
+        weight_decay: of the others.
+        exempt: names of parameters that are not decayed whatever their shape.
+    """
+    top = max(layer_ids.values())
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            layer, flat = layer_ids[name], parameter.ndim == 1 or name in exempt
+            new = {"params": [], "weight_decay": 0.0 if flat else weight_decay, "lr_scale": decay ** (top - layer)}
+            groups.setdefault((layer, not flat), new)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """PyTorch's own AdamW, or timm's LARS, at a learning rate of 0 until the schedule sets one.
 
     A client optimizer keeps DeepSpeed from compiling its fused one, and the 0 keeps the weights untouched by
-    the step that DeepSpeed's 16-bit wrapper takes to allocate its state.
+    the step that DeepSpeed's 16-bit wrapper takes to allocate its state. A model with rates of its own has
+    ``parameter_groups(weight_decay)``; for others see the function of that name.
     """
-    groups = parameter_groups(model, config.weight_decay)
+    own = getattr(model, "parameter_groups", None)
+    groups = own(config.weight_decay) if own else parameter_groups(model, config.weight_decay)
+    if config.optimizer == "lars":
+        for group in groups:  # MAE: neither decay nor trust ratio for biases and norms
+            group["always_adapt"] = any(parameter.ndim > 1 for parameter in group["params"])
+        return Lars(groups, lr=0.0, momentum=config.momentum, trust_coeff=0.001)
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps)
 
 

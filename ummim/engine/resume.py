@@ -17,7 +17,7 @@ from ummim.errors import CheckpointError
 
 if TYPE_CHECKING:
     from ummim.engine.zero import World
-    from ummim.recipe import Recipe
+    from ummim.run_config import RunConfig
     from ummim.run_plan import RunPlan
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ RUN_FILES = (
     "stacks-*.txt",
     "recipe.yaml",
     "environment.json",
+    "evaluation.json",
     "reconstructions",
     "tensorboard",
 )
@@ -125,7 +126,7 @@ def read_state(checkpoint: Path) -> RunState:
         raise CheckpointError(f"{checkpoint / STATE} cannot be used ({type(error).__name__}: {error})") from error
 
 
-def restore(engine: Any, recipe: Recipe, plan: RunPlan, digest: str, world: World) -> RunState:
+def restore(engine: Any, recipe: RunConfig, plan: RunPlan, digest: str, world: World) -> RunState:
     """Load what ``recipe.resume`` asks for into the engine; returns where the run stands (at step 0: afresh).
 
     World size, ZeRO stage and precision need not be those that saved it. Raises CheckpointError for a checkpoint of
@@ -157,7 +158,7 @@ def _compare(found: Path, then: RunState, now: RunState) -> None:
         "global_batch": f"set global_batch={then.global_batch}",
         "seed": f"set seed={then.seed}",
         "index_digest": "use the shards it was trained on",
-        "layout": "it is another model: set the method section as in its recipe.yaml",
+        "layout": "it is another model: set the recipe as in its recipe.yaml",
     }
     for name, remedy in remedies.items():
         before, after = getattr(then, name), getattr(now, name)

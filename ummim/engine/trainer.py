@@ -1,4 +1,5 @@
-"""The only training loop. It meets a task as ``task(batch) -> TaskOutput`` and ``task.blocks()``, no more."""
+"""The only training loop. It meets a task as ``task(batch) -> TaskOutput`` and ``task.blocks()``, and as
+``task.parameter_groups(weight_decay)`` where a task has learning rates of its own; no more."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +21,7 @@ from ummim.engine.bad_steps import BadSteps, GoBack, LossMean
 from ummim.engine.checkpoint import is_due
 from ummim.engine.checkpoint_saver import Saver
 from ummim.engine.data_faults import FaultLog
-from ummim.engine.faults import Interrupts, agree
+from ummim.engine.faults import Interrupts, agree, agreed_stop
 from ummim.engine.metrics import Meter, MetricsLog, peak_memory
 from ummim.engine.optim import build_schedule
 from ummim.engine.watchdog import AGREE, BACKWARD, FORWARD, READ, RESTORE, SAVE, START, STEP
@@ -28,7 +29,7 @@ from ummim.engine.watchdog import AGREE, BACKWARD, FORWARD, READ, RESTORE, SAVE,
 if TYPE_CHECKING:
     from ummim.engine.checkpoint import RunState
     from ummim.engine.zero import World
-    from ummim.recipe import Recipe
+    from ummim.run_config import RunConfig
     from ummim.run_plan import RunPlan
 
 log = logging.getLogger(__name__)
@@ -57,29 +58,47 @@ class Accumulated(NamedTuple):
         return torch.stack(self.losses).mean()
 
 
+class Pause(NamedTuple):
+    """An epoch's end, or the run's, between two optimizer steps."""
+
+    engine: Any
+    step: int
+    """Optimizer steps done."""
+    interrupts: Interrupts
+    resumed: bool
+    """The run has just gone on from a checkpoint of this very step: what was done at it need not be done again."""
+
+
+OnEpochEnd = Callable[[Pause], Mapping[str, float] | None]
+"""What is done then, on every rank (ZeRO-3 needs all of them for a forward pass): numbers for the step's line of
+metrics, or None where an interruption, agreed on by all ranks, cut it short; it is called again when the run goes on.
+"""
+
+
 def unwatched(step: int, phase: str) -> None:
     """In place of ``Watchdog.beat``."""
 
 
 def train(
     task: nn.Module,
-    recipe: Recipe,
+    recipe: RunConfig,
     plan: RunPlan,
     world: World,
     digest: str,
     build_batches: Callable[[int], Iterable[Any]],
-    on_epoch_end: Callable[[int], None] | None = None,
+    on_epoch_end: OnEpochEnd | None = None,
     beat: Callable[[int, str], None] = unwatched,
+    ema: float = 0.0,
 ) -> int:
     """Start or resume the run that ``recipe`` describes, train to its end, and return the exit code.
 
     digest: of the data's index; a checkpoint of other data is refused. ``build_batches(done)`` yields this rank's
-    micro-batches from optimizer step ``done`` on, ``plan.accumulation`` of them per step. ``on_epoch_end(epochs
-    done)`` runs on every rank (ZeRO-3 needs all of them for a forward pass). ``beat``: a watchdog's. 0: done; 130,
-    143: interrupted, and saved. Raises CheckpointError, DataError and UserError.
+    micro-batches from optimizer step ``done`` on, ``plan.accumulation`` of them per step. ``beat``: a watchdog's.
+    ``ema``: the decay of a moving average of the weights, ``engine.average``. 0: done; 130, 143: interrupted, and
+    saved. Raises CheckpointError, DataError and UserError.
     """
     beat(0, START)
-    engine = zero.initialize(task, recipe, plan)
+    engine = zero.initialize(task, recipe, plan, ema)
     while True:
         beat(0, RESTORE)
         state = resume.restore(engine, recipe, plan, digest, world)
@@ -94,11 +113,11 @@ def train(
 def fit(
     engine: Any,
     batches: Iterable[Any],
-    recipe: Recipe,
+    recipe: RunConfig,
     plan: RunPlan,
     world: World,
     state: RunState,
-    on_epoch_end: Callable[[int], None] | None = None,
+    on_epoch_end: OnEpochEnd | None = None,
     beat: Callable[[int, str], None] = unwatched,
 ) -> int:
     """Take the optimizer steps from ``state`` to ``plan.stop_step``; see ``train``."""
@@ -113,6 +132,10 @@ def fit(
 
     faults, bad_steps = FaultLog(recipe, plan, done, world), BadSteps(recipe, mean, settle, world)
     with closing(stream), Interrupts() as interrupts, MetricsLog(recipe, plan, done, world) as metrics:
+        missed = at_end(on_epoch_end, Pause(engine, done, interrupts, resumed=True), plan) if done else {}
+        if missed is None:
+            return leave(interrupts, done, world)
+        metrics.amend(done, missed)
         while done < plan.stop_step:
             begun = time.perf_counter()
             torch.manual_seed(step_seed(recipe.seed, done, world.rank))
@@ -131,14 +154,13 @@ def fit(
             done += 1
             meter.step(time.perf_counter() - begun, micro.waited)
             metrics.advance(done)
-            if done % recipe.log_every == 0 or done == plan.stop_step:
-                where = {"step": done, "epoch": done / plan.steps_per_epoch, "samples": done * plan.global_batch}
-                record = {"loss": loss, "lr": lr, "grad_norm": norm, **meter.read(plan.global_batch)}
-                extra: dict[str, float] = {"data_faults": faults.total, "bad_steps": len(bad_steps.listed)}
-                extra |= {"peak_memory_mib": peak_memory(world.device)}
-                metrics.log({**where, **record, **extra, **average(micro.metrics, world)})
-            if on_epoch_end is not None and done % plan.steps_per_epoch == 0:
-                on_epoch_end(done // plan.steps_per_epoch)
+            told = at_end(on_epoch_end, Pause(engine, done, interrupts, resumed=False), plan)
+            stop = agreed_stop(interrupts.code, world) if told is None else stop
+            if told or told is None or done % recipe.log_every == 0 or done == plan.stop_step:
+                record = {**where(done, plan), "loss": loss, "lr": lr, "grad_norm": norm}
+                record |= {**meter.read(plan.global_batch), "data_faults": faults.total}
+                record |= {"bad_steps": len(bad_steps.listed), "peak_memory_mib": peak_memory(world.device)}
+                metrics.log({**record, **average(micro.metrics, world), **(told or {})})
             beat(done, SAVE)
             if stop or too_bad or is_due(done, recipe, plan):
                 saver.save(done, bad_steps.mean)
@@ -147,11 +169,27 @@ def fit(
             if too_bad:
                 faults.stop(done, saved=True)
             if stop:
-                interrupts.leave()
-                if world.is_main:
-                    log.warning("stopped after step %d, saved; the same command goes on from here", done)
-                return stop
+                return leave(interrupts, done, world)
     return 0
+
+
+def at_end(on_epoch_end: OnEpochEnd | None, pause: Pause, plan: RunPlan) -> Mapping[str, float] | None:
+    """What ``on_epoch_end`` says at an epoch's or the run's end; {} elsewhere."""
+    over = pause.step == plan.stop_step or pause.step % plan.steps_per_epoch == 0
+    return on_epoch_end(pause) if on_epoch_end is not None and over else {}
+
+
+def where(done: int, plan: RunPlan) -> dict[str, Any]:
+    """How far a run has come after ``done`` optimizer steps."""
+    return {"step": done, "epoch": done / plan.steps_per_epoch, "samples": done * plan.global_batch}
+
+
+def leave(interrupts: Interrupts, done: int, world: World) -> int:
+    """End after an interruption: the checkpoint after ``done`` optimizer steps is in place. Returns the exit code."""
+    interrupts.leave()
+    if world.is_main:
+        log.warning("stopped after step %d, saved; the same command goes on from here", done)
+    return agreed_stop(interrupts.code, world)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

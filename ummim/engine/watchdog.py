@@ -30,9 +30,9 @@ from ummim.errors import UserError, describe
 
 if TYPE_CHECKING:
     from ummim.engine.zero import World
-    from ummim.recipe import Recipe
+    from ummim.run_config import RunConfig
 
-START, RESTORE, READ, FORWARD, BACKWARD, AGREE, STEP, FIGURE, SAVE = (
+START, RESTORE, READ, FORWARD, BACKWARD, AGREE, STEP, FIGURE, EVALUATE, SAVE = (
     "starting",
     "restoring",
     "reading data",
@@ -41,6 +41,7 @@ START, RESTORE, READ, FORWARD, BACKWARD, AGREE, STEP, FIGURE, SAVE = (
     "agreeing",
     "optimizer step",
     "figure",
+    "evaluating",
     "checkpoint",
 )
 LONG = 1800.0  # seconds for what reads or writes whole checkpoints; also the process groups' timeout
@@ -63,7 +64,7 @@ class Watchdog:
     An error that follows from another rank's end does not leave the block: the process ends when the cause is told.
     """
 
-    def __init__(self, recipe: Recipe, world: World, silent: float = SILENT) -> None:
+    def __init__(self, recipe: RunConfig, world: World, silent: float = SILENT) -> None:
         self.recipe, self.world, self.silent = recipe, world, silent
         self.watching = recipe.hang_seconds > 0
         self._limits = _limits(recipe)
@@ -185,11 +186,12 @@ class Watchdog:
         return f"rank {self.world.rank} on {socket.gethostname()}, step {self._step} ({self._phase})"
 
 
-def _limits(recipe: Recipe) -> dict[str, float]:
+def _limits(recipe: RunConfig) -> dict[str, float]:
     """The seconds that phases may take, other than ``hang_seconds``."""
     remote = "://" in recipe.data.shards
     reading = recipe.hang_seconds + (recipe.data.retry_seconds if remote else 0)
-    return {START: LONG, RESTORE: LONG, SAVE: LONG, READ: reading, FIGURE: FIRST * recipe.hang_seconds}
+    longer = FIRST * recipe.hang_seconds
+    return {START: LONG, RESTORE: LONG, SAVE: LONG, READ: reading, FIGURE: longer, EVALUATE: longer + reading}
 
 
 def _ending(error: BaseException | None) -> tuple[str, str]:

@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ummim.engine.average import Average
 from ummim.engine.network import choose_interface
 from ummim.engine.optim import build_optimizer
 from ummim.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
-    from ummim.recipe import Recipe
+    from ummim.run_config import RunConfig
     from ummim.run_plan import RunPlan
 
 GROUP_TIMEOUT = timedelta(minutes=30)  # of a collective: the watchdog finds faults long before
@@ -120,7 +121,7 @@ def config_folder() -> Path:
     return Path(__file__).resolve().parents[2] / "ds_configs"
 
 
-def deepspeed_config(recipe: Recipe, plan: RunPlan) -> dict[str, Any]:
+def deepspeed_config(recipe: RunConfig, plan: RunPlan) -> dict[str, Any]:
     """DeepSpeed's configuration: the strategy from a JSON file, every number from the recipe.
 
     The file is ``recipe.ds_config``, else ``ds_configs/zero<stage>.json``. Raises RecipeError where the file is
@@ -204,9 +205,10 @@ def _recompute(kind: str) -> Callable[..., Any]:
     return recompute
 
 
-def initialize(task: nn.Module, recipe: Recipe, plan: RunPlan) -> Any:
-    """Wrap ``task`` into a DeepSpeed engine with AdamW and the recipe's activation checkpointing.
+def initialize(task: nn.Module, recipe: RunConfig, plan: RunPlan, ema: float = 0.0) -> Any:
+    """Wrap ``task`` into a DeepSpeed engine with the recipe's optimizer and activation checkpointing.
 
+    ``engine.average``: the moving average of the weights, with the decay ``ema``; None without one.
     ``engine.frozen``: on rank 0, the float32 values of frozen parameters, which DeepSpeed casts with the others.
     ``engine.layout``: a digest of all names and shapes and of what is trained, by which a checkpoint knows its model.
     Raises UserError for a precision that the device cannot compute in.
@@ -223,6 +225,7 @@ def initialize(task: nn.Module, recipe: Recipe, plan: RunPlan) -> Any:
     frozen = {name: p.detach().clone() for name, p in task.named_parameters() if not p.requires_grad}
     buffers = {name: b.detach().clone() for name, b in task.named_buffers()}
     shapes = repr([(name, tuple(value.shape), name in frozen) for name, value in task.state_dict().items()])
+    shapes += "" if recipe.optim.optimizer == "adamw" else recipe.optim.optimizer  # its state is another
     optimizer = build_optimizer(task, recipe.optim)
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use, six times
         config = deepspeed_config(recipe, plan)
@@ -232,6 +235,7 @@ def initialize(task: nn.Module, recipe: Recipe, plan: RunPlan) -> Any:
         engine.module.get_submodule(module)._buffers[leaf] = value.to(engine.device)
     optimizer.state.clear()  # without ZeRO, the 16-bit wrapper has run Adam's first step on zeros
     engine.frozen = frozen if torch.distributed.get_rank() == 0 else {}
+    engine.average = Average(engine, ema) if ema else None
     engine.layout = hashlib.sha256(shapes.encode()).hexdigest()
     return engine
 
@@ -257,6 +261,8 @@ def step(engine: Any, drop: bool = False) -> float | None:
         engine.step()
     if drop or not engine.was_step_applied():
         return None
+    if engine.average is not None:
+        engine.average.update(engine.global_steps)
     return float(engine.get_global_grad_norm() if norm is None else norm) / scale
 
 

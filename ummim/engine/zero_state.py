@@ -1,8 +1,8 @@
 """The training state inside a DeepSpeed engine, parameter by parameter, whatever the ZeRO stage.
 
-Float32 master weights and AdamW's moments lie in tensors of DeepSpeed's own making: flat partitions under ZeRO, one
-tensor a parameter without. ``Fragment`` says where in them a parameter's elements are; saving and restoring need no
-more. Checked with deepspeed 0.19.8, stages 0 to 3 in fp32, bf16 and fp16, and CPU offload.
+Float32 master weights and the optimizer's moments lie in tensors of DeepSpeed's own making: flat partitions under
+ZeRO, one tensor a parameter without. ``Fragment`` says where in them a parameter's elements are; saving and restoring
+need no more. Checked with deepspeed 0.19.8, stages 0 to 3 in fp32, bf16 and fp16, and CPU offload.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ummim.engine.checkpoint_shards import BUFFER, FROZEN, MASTER, MOMENTS
+from ummim.engine.checkpoint_shards import AVERAGE, BUFFER, FROZEN, MASTER, MOMENTS
 
 if TYPE_CHECKING:
     from ummim.engine.checkpoint_shards import Contents
@@ -41,7 +41,10 @@ def tensors_to_save(engine: Any) -> dict[str, Tensor]:
     found = {}
     for fragment in _owned(engine):
         moments = engine.basic_optimizer.state.get(fragment.flat, {})
-        for kind, tensor in ((MASTER, fragment.flat), *((kind, moments[kind]) for kind in MOMENTS if moments)):
+        tensors = {MASTER: fragment.flat, **{kind: moments[kind] for kind in MOMENTS if kind in moments}}
+        if engine.average is not None:
+            tensors[AVERAGE] = engine.average.of(fragment.flat)
+        for kind, tensor in tensors.items():
             found[f"{kind}/{fragment.name}@{fragment.start}"] = fragment.of(tensor)
     if torch.distributed.get_rank() == 0:
         found.update({f"{FROZEN}/{name}": value for name, value in engine.frozen.items()})
@@ -63,7 +66,7 @@ def tables(engine: Any) -> dict[str, Any]:
 def scalars(engine: Any) -> dict[str, Any]:
     """What else the next step depends on: AdamW's step count (DeepSpeed gives every parameter a gradient in every
     step, so there is one), the steps skipped, and float16's loss scaler."""
-    steps = max((int(state["step"]) for state in engine.basic_optimizer.state.values()), default=0)
+    steps = max((int(state.get("step", 0)) for state in engine.basic_optimizer.state.values()), default=0)
     scaler = _loss_scaler(engine)
     fields = {name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)} if scaler else None
     return {"adam_steps": steps, "skipped_steps": engine.skipped_steps, "loss_scaler": fields}
@@ -76,21 +79,26 @@ def restore(engine: Any, contents: Contents, saved: dict[str, Any], step: int) -
     saved: the ``scalars`` of the engine that was saved, which may have had another world size, stage and precision.
     """
     inner = engine.basic_optimizer
-    for fragment in _held(engine):
+    kinds = [kind for kind in MOMENTS if kind in contents.kinds]
+    average = AVERAGE if AVERAGE in contents.kinds else MASTER  # one that was switched on later begins here
+    for fragment in held(engine):
         name, start, numel = fragment[:3]
         fragment.of(fragment.flat).copy_(contents.read(MASTER, name, start, numel))
-        if contents.has_moments:
-            moments = inner.state[fragment.flat] or _first_moments(inner, fragment.flat)
-            for kind in MOMENTS:
+        if engine.average is not None:
+            fragment.of(engine.average.of(fragment.flat)).copy_(contents.read(average, name, start, numel))
+        if kinds:
+            moments = inner.state[fragment.flat] or _first_moments(inner, fragment.flat, kinds)
+            for kind in kinds:
                 fragment.of(moments[kind]).copy_(contents.read(kind, name, start, numel))
     for moments in inner.state.values():
-        moments["step"].fill_(saved["adam_steps"])
-        for kind in MOMENTS if not contents.has_moments else ():
+        if "step" in moments:
+            moments["step"].fill_(saved["adam_steps"])
+        for kind in moments.keys() & set(MOMENTS) if not kinds else ():
             moments[kind].zero_()
     for name, buffer in _buffers(engine.module).items():
         buffer.copy_(contents.whole(f"{BUFFER}/{name}"))
     _restore_frozen(engine, contents)
-    _cast_masters(engine)
+    cast_masters(engine)
     scaler = _loss_scaler(engine)
     for name, value in ((saved["loss_scaler"] or {}) if scaler else {}).items():
         if hasattr(scaler, name):
@@ -136,7 +144,7 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in module.named_buffers(remove_duplicate=False) if name in names}
 
 
-def _held(engine: Any) -> Iterator[Fragment]:
+def held(engine: Any) -> Iterator[Fragment]:
     """All elements whose master weights are on this rank: without ZeRO, all of them on each."""
     wrapped, stage = engine.optimizer, engine.zero_optimization_stage()
     masters = _masters_without_zero(engine)
@@ -163,12 +171,12 @@ def _held(engine: Any) -> Iterator[Fragment]:
 def _owned(engine: Any) -> Iterator[Fragment]:
     """This rank's share of the elements: without ZeRO, an equal part of their concatenation."""
     if engine.zero_optimization():
-        yield from _held(engine)
+        yield from held(engine)
         return
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     total = sum(p.numel() for _, p in _trained(engine.module))
     begin, end, reached = total * rank // size, total * (rank + 1) // size, 0
-    for fragment in _held(engine):
+    for fragment in held(engine):
         low, high = max(begin - reached, 0), min(end - reached, fragment.numel)
         if low < high:
             yield fragment._replace(start=low, offset=low, numel=high - low)
@@ -183,12 +191,13 @@ def _masters_without_zero(engine: Any) -> dict[int, Tensor]:
     return {id(p): master for ps, masters in zip(low, high, strict=True) for p, master in zip(ps, masters, strict=True)}
 
 
-def _first_moments(inner: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
-    """AdamW's state for ``flat`` as its first step makes it."""
+def _first_moments(inner: torch.optim.Optimizer, flat: Tensor, kinds: list[str]) -> dict[str, Tensor]:
+    """The optimizer's state for ``flat`` as its first step makes it."""
     on_device = inner.defaults.get("fused") or inner.defaults.get("capturable")
     state = inner.state[flat]
-    state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if on_device else "cpu")
-    state.update({kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS})
+    if isinstance(inner, torch.optim.AdamW):
+        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if on_device else "cpu")
+    state.update({kind: torch.zeros_like(flat, requires_grad=False) for kind in kinds})
     return state
 
 
@@ -207,7 +216,7 @@ def _restore_frozen(engine: Any, contents: Contents) -> None:
                 engine.frozen[name].copy_(value)
 
 
-def _cast_masters(engine: Any) -> None:
+def cast_masters(engine: Any) -> None:
     """Make the weights that the model computes with from the master weights, as DeepSpeed's step does."""
     wrapped, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:

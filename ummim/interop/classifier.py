@@ -6,11 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ummim.backbones.pvt import PVT
 from ummim.backbones.pyramid import TOKEN
-from ummim.backbones.swin import Swin
-from ummim.backbones.vit import ViT
-from ummim.downstream.classify import Classifier, Encoder
+from ummim.downstream.adapt import Encoder, new_encoder
+from ummim.downstream.classify import Classifier
 from ummim.interop.errors import OfficialError
 from ummim.interop.families import mae, um_mae
 from ummim.interop.family import rename
@@ -26,7 +24,7 @@ class ClassifierFamily(NamedTuple):
     """One kind of official fine-tuned model.
 
     Attributes:
-        encoder: our encoder from the checkpoint's tensors and the sizes given.
+        encoder: our encoder for whole images, from the checkpoint's tensors and the sizes given.
         sizes: keywords of ``load_official_classifier``.
         names: model -> {official key: our key of its state dict}.
     """
@@ -76,26 +74,26 @@ def _shape(official: str, own: torch.Tensor) -> tuple[int, ...]:
     return (*own.shape, 1, 1) if own.ndim == 2 and um_mae.pointwise(official) else tuple(own.shape)
 
 
-def _vit(tensors: Tensors, sizes: Sizes) -> ViT:
+def _vit(tensors: Tensors, sizes: Sizes) -> Encoder:
     config = mae.vit_config(tensors, sizes)
     image_size = mae.vit_image_size(tensors, sizes, config.patch_size)
     fitting(Config(config).check_sizes(image_size))
-    return ViT(image_size, config, final_norm=False)
+    return new_encoder(config, image_size)
 
 
-def _swin(tensors: Tensors, sizes: Sizes) -> Swin:
+def _swin(tensors: Tensors, sizes: Sizes) -> Encoder:
     image_size = one(sizes, "img_size", FINE_TUNED_SIZE)
     maps = [image_size // (TOKEN * 2**s) for s in range(4)]
     config = um_mae.swin_config(tensors, sizes, maps, default_window=16)
     fitting(check_pyramid(config, image_size, compact=False))
-    return Swin(image_size, config, secondary=False, final_norm=False)
+    return new_encoder(config, image_size)
 
 
-def _pvt(tensors: Tensors, sizes: Sizes) -> PVT:
+def _pvt(tensors: Tensors, sizes: Sizes) -> Encoder:
     image_size = one(sizes, "img_size", (table_side(tensors, "pos_embed") or FINE_TUNED_SIZE // TOKEN) * TOKEN)
     config = um_mae.pvt_config(tensors, sizes, default_ratios=(8, 4, 2, 1))
     fitting(check_pyramid(config, image_size, compact=False))
-    return PVT(image_size, config, secondary=False, final_norm=False)
+    return new_encoder(config, image_size)
 
 
 ENCODER_SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")

@@ -1,45 +1,202 @@
-"""``ummim export``: a trained method to a file that other programs read."""
+"""``ummim export``: a trained method to what other programs read, with a certificate and a model card beside it.
+
+Everything is written into a hidden folder beside the target, loaded back from there and compared; only what agrees gets
+its name.
+"""
 
 import json
+import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 
+from ummim.atomic import write_text
+from ummim.backbones.sparse_swin import SparseSwin
+from ummim.downstream.classify import Classifier
 from ummim.errors import UserError
+from ummim.interop.certificate import (
+    IN_FOLDER,
+    card_path,
+    certificate_path,
+    difference_line,
+    local_index,
+    make_certificate,
+    read_json,
+    run_folder,
+)
+from ummim.interop.check import NEEDS_TRANSFORMERS, ExportFailed, Target, compare, loaded_outputs, our_outputs
+from ummim.interop.huggingface import HuggingFaceModel, to_huggingface, write_folder
+from ummim.interop.huggingface_classifier import classifier_to_huggingface
+from ummim.interop.model_card import model_card
 from ummim.interop.official import family_of, save_official
-from ummim.interop.timm import write_timm
+from ummim.interop.official_sizes import official_sizes
+from ummim.interop.timm import export_timm, write_timm
 from ummim.methods.api import Method
 from ummim.recipe import Recipe
 from ummim.recipe_file import to_dict
+from ummim.run_config import RunConfig
+
+FORMATS = ("safetensors", "timm", "official", "huggingface")
 
 
-def export(recipe: Recipe, method: Method, out: Path, form: str) -> Path:
-    """Write ``method`` to ``out`` as ``form`` (safetensors, timm or official), atomically.
+class Exported(NamedTuple):
+    """An export that agrees with its model: where it is, and the result of the check in one line."""
+
+    path: Path
+    line: str
+
+
+class _Written(NamedTuple):
+    target: Target
+    notes: tuple[str, ...] = ()
+
+
+def export(
+    recipe: RunConfig, model: Method | Classifier, checkpoint: Path, out: Path, form: str, encoder_only: bool = False
+) -> Exported:
+    """Write ``model`` to ``out``, check it, and write certificate and model card.
+
+    Args:
+        recipe: of the run.
+        model: with the checkpoint's weights, on the CPU.
+        checkpoint: the step folder that they come from.
+        out: the file to write; for huggingface, the folder.
+        form: one of ``FORMATS``.
+        encoder_only: huggingface: the encoder, even where transformers has the whole model.
 
     Raises:
-        UserError: a format that does not exist for this method, or a folder where the file should go.
+        UserError: a format that does not exist for this model, or a target that is something else.
+        ExportFailed: what was written does not agree with the model; nothing is left behind.
     """
+    if encoder_only and form != "huggingface":
+        raise UserError(f"--model encoder goes with --format huggingface; --format {form} leaves no choice")
+    if not isinstance(model, Method | Classifier):
+        raise UserError("a probe is a head on an encoder as it was: export the run that the encoder comes from")
+    _check_target(out, form)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staged = staging / out.name
+    try:
+        staging.mkdir()
+        written = _write(recipe, model, staged, form, encoder_only)
+        for file in staged.rglob("*") if staged.is_dir() else [staged]:
+            file.chmod(0o644)  # safetensors writes files that only their owner may read
+        check = compare(loaded_outputs(written.target, staged), our_outputs(model, written.target))
+        line = difference_line(written.target, check)
+        if not check["passed"]:
+            raise ExportFailed(f"{out}: was not written: {line}")
+        certificate = make_certificate(staged, written.target, written.notes, check, recipe, model.encoder, checkpoint)
+        write_text(certificate_path(staged), json.dumps(certificate, indent=2) + "\n")
+        run = run_folder(checkpoint)
+        evaluation = {} if run is None else read_json(run / "evaluation.json")
+        write_text(card_path(staged), model_card(certificate, evaluation))
+        _publish(staged, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return Exported(out, line)
+
+
+def _write(recipe: RunConfig, model: Method | Classifier, staged: Path, form: str, encoder_only: bool) -> _Written:
+    """Write the export itself; what was written, for its check."""
+    size = recipe.data.image_size
+    if form == "huggingface":
+        converted = _converted(recipe, model, encoder_only)
+        staged.mkdir()
+        write_folder(converted, size, staged)
+        config, outputs = converted.config, _compared(converted.architecture)
+        arguments = converted.arguments | {key: config[key] for key in ("mask_ratio",) if key in config}
+        target = Target(form, converted.architecture, size, arguments, converted.norm_eps, outputs)
+        return _Written(target, converted.notes)
+    if isinstance(model, Classifier):
+        raise UserError(f"a classifier is exported with --format huggingface only, not {form}")
+    if form == "official":
+        family = family_of(model)
+        if family is None:
+            raise UserError(f"{type(model).__name__} has no official format; use --format safetensors")
+        torch.save({"model": save_official(model, family)}, staged)
+        return _official(model, family, size)
+    encoder = model.backbone()
+    if form == "timm":
+        _, name, _ = export_timm(encoder)
+        write_timm(encoder, staged)
+        return _Written(Target(form, name, size, {}))
+    tensors = {key: tensor.contiguous() for key, tensor in encoder.state_dict().items()}
+    save_file(tensors, staged, {"format": "pt", "ummim_recipe": json.dumps(to_dict(recipe))})
+    return _Written(Target(form, type(encoder).__name__, size, {}))
+
+
+def _converted(recipe: RunConfig, model: Method | Classifier, encoder_only: bool) -> HuggingFaceModel:
+    if isinstance(model, Classifier):
+        return classifier_to_huggingface(model, _class_names(recipe))
+    assert isinstance(recipe, Recipe)
+    return to_huggingface(model, _hidden_share(recipe), encoder_only)
+
+
+def _class_names(recipe: RunConfig) -> list[str] | None:
+    """Of the training shards, where they are at hand."""
+    index = local_index(recipe.data.shards)
+    return None if index is None else index.classes
+
+
+def _compared(architecture: str) -> tuple[str, ...]:
+    """What is compared of a class of transformers."""
+    if architecture in ("ViTMAEForPreTraining", "SwinForMaskedImageModeling"):
+        return ("loss", "masked")
+    return ("logits",) if architecture.endswith("ForImageClassification") else ("features",)
+
+
+def _official(method: Method, family: str, size: int) -> _Written:
+    """LocalMIM's Swin is written as its official fine-tuning reads it; its official pre-training code is another."""
+    arguments = official_sizes(method, family)
+    outputs: tuple[str, ...] = ("features", "weights")
+    notes: tuple[str, ...] = ()
+    if family == "local_mim_swin" and isinstance(method.encoder, SparseSwin) and not method.encoder.legacy_coordinates:
+        outputs = ("weights",)
+        notes = ("made for the official fine-tuning: the official pre-training code merges 2x2 tokens row by row and "
+                 "places the tokens of stages 2 and 3 otherwise",)  # fmt: skip
+    return _Written(Target("official", family, size, arguments, None, outputs), notes)
+
+
+def _hidden_share(recipe: Recipe) -> float:
+    """The share of patches that the encoder does not see."""
+    attention = recipe.method.attention
+    return recipe.mask.ratio if attention is None else attention.masked + attention.thrown
+
+
+def _check_target(out: Path, form: str) -> None:
+    """Refuse a target that is something else, before any work."""
+    if not out.name:
+        raise UserError(f"{out}: name the file or folder to write")
+    if form == "huggingface":
+        if out.exists() and not out.is_dir():
+            raise UserError(f"{out}: is a file; name the folder to write")
+        if out.is_dir() and any(out.iterdir()) and not (out / IN_FOLDER).is_file():
+            raise UserError(f"{out}: holds other files, no earlier export; name another folder")
+        try:
+            import transformers  # noqa: F401
+        except ImportError:
+            raise UserError(NEEDS_TRANSFORMERS) from None
+        return
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name the file to write")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        if form == "timm":
-            write_timm(method.backbone(), partial)
-        elif form == "official":
-            torch.save({"model": save_official(method, _family(method))}, partial)
-        else:
-            tensors = {key: tensor.contiguous() for key, tensor in method.backbone().state_dict().items()}
-            save_file(tensors, partial, {"format": "pt", "ummim_recipe": json.dumps(to_dict(recipe))})
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
-    return out
+    if (out.suffix == ".safetensors") == (form == "official"):
+        expected = (
+            "official files are torch's: end its name in .pth" if form == "official" else "end its name in .safetensors"
+        )
+        raise UserError(f"{out}: --format {form}: {expected}, by which other programs know what it is")
 
 
-def _family(method: Method) -> str:
-    family = family_of(method)
-    if family is None:
-        raise UserError(f"{type(method).__name__} has no official format; use --format safetensors")
-    return family
+def _publish(staged: Path, out: Path) -> None:
+    """Give the staged export its name, then certificate and card theirs; an earlier one's go first."""
+    if staged.is_dir():
+        if out.exists():
+            shutil.rmtree(out)
+        staged.rename(out)
+        return
+    certificate_path(out).unlink(missing_ok=True)
+    staged.replace(out)
+    for path_of in (card_path, certificate_path):
+        path_of(staged).replace(path_of(out))

@@ -26,13 +26,13 @@ def load_run(path: str | Path) -> tuple[Recipe, Method, Path]:
     Raises:
         CheckpointError: nothing there, or weights that do not fit the recipe.
     """
-    checkpoint = _checkpoint(Path(path))
+    checkpoint = find_checkpoint(Path(path))
     recipe_file = checkpoint / "recipe.yaml"
     if not recipe_file.is_file():
         raise CheckpointError(f"{checkpoint}: has no recipe.yaml; give a folder that train.py wrote")
     recipe = load_recipe(str(recipe_file))
     method = recipe.method.for_inference().build(recipe.data.image_size, recipe.partial, recipe.throw_ratio > 0)
-    weights = {key.removeprefix(_PREFIX): tensor.float() for key, tensor in _tensors(checkpoint).items()}
+    weights = {key.removeprefix(_PREFIX): tensor.float() for key, tensor in read_weights(checkpoint).items()}
     try:
         method.load_state_dict(weights)
     except RuntimeError as error:
@@ -41,7 +41,7 @@ def load_run(path: str | Path) -> tuple[Recipe, Method, Path]:
     return recipe, method.eval(), checkpoint
 
 
-def _tensors(checkpoint: Path) -> dict[str, Tensor]:
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     """All weights of a step folder: from its one file, if it is a milestone's, or from those of the ranks."""
     if not (checkpoint / WEIGHTS).is_file():
         state = read_state(checkpoint)
@@ -52,8 +52,12 @@ def _tensors(checkpoint: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{checkpoint / WEIGHTS}: cannot be read ({error}); use another checkpoint") from None
 
 
-def _checkpoint(path: Path) -> Path:
-    """The step folder that ``path`` names, or the newest whole one of the run it names."""
+def find_checkpoint(path: Path) -> Path:
+    """The step folder that ``path`` names, or the newest whole one of the run it names.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; give a run's folder or one of its checkpoints/step-N")
     if (path / FOLDER).is_dir():

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -85,7 +87,7 @@ def export_timm(model: nn.Module) -> tuple[dict[str, Tensor], str, dict[str, Any
         )
     if isinstance(encoder.norm, nn.Identity):
         raise UserError("timm's Swin ends in a norm and this one does not; use --format official or safetensors")
-    return _merge_by_columns(encoder, tensors), *_swin(encoder)
+    return merge_by_columns(encoder, tensors), *_swin(encoder)
 
 
 def write_timm(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -137,13 +139,25 @@ def _swin(encoder: TableSwin | SparseSwin) -> tuple[str, dict[str, Any]]:
     return TIMM_SWINS.get(size, "swin_base_patch4_window7_224"), kwargs
 
 
-def _merge_by_columns(encoder: TableSwin | SparseSwin, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a Swin that merges 2x2 tokens column by column (TL, BL, TR, BR), as timm's does."""
-    ordered = dict(tensors)
-    for stage, layer in enumerate(encoder.layers):
-        if getattr(layer.downsample, "row_major", False):
-            for name in ("norm.weight", "norm.bias", "reduction.weight"):
-                key = f"layers.{stage}.downsample.{name}"
-                first, second, third, fourth = tensors[key].chunk(4, dim=-1)
-                ordered[key] = torch.cat([first, third, second, fourth], dim=-1)
-    return ordered
+def merges_by_rows(encoder: nn.Module) -> bool:
+    """Whether a Swin joins 2x2 tokens row by row, unlike timm's."""
+    layers: Any = getattr(encoder, "layers", ())
+    return any(getattr(layer.downsample, "row_major", False) for layer in layers)
+
+
+def merge_by_columns(encoder: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A Swin's tensors with the 2x2 tokens of its merges in timm's order, column by column (TL, BL, TR, BR).
+
+    Unchanged where the encoder has that order. The turn is its own inverse.
+    """
+    return turn_merges(tensors) if merges_by_rows(encoder) else dict(tensors)
+
+
+def turn_merges(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A Swin's tensors with the merges' 2x2 tokens in column order where they were in row order, and the reverse."""
+    turned = dict(tensors)
+    for key, tensor in tensors.items():
+        if re.fullmatch(r"layers\.\d+\.downsample\.(norm\.weight|norm\.bias|reduction\.weight)", key):
+            first, second, third, fourth = tensor.chunk(4, dim=-1)
+            turned[key] = torch.cat([first, third, second, fourth], dim=-1)
+    return turned

@@ -54,4 +54,9 @@ def cache(tmp_path: Path) -> ShardCache:
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "_LONGEST_PAUSE", 0.01)
+
+
+@pytest.fixture
+def short_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For servers that fall silent. On a busy machine, a sound one may take as long to answer, and is asked twice."""
     monkeypatch.setattr(download, "_STALL_SECONDS", 0.3)

@@ -107,6 +107,7 @@ def test_a_dead_server_is_waited_for_once(shards: Path, cache: ShardCache) -> No
         assert read(patient, index, 5) == original(again, 5)  # it has answered since: patience is worth while again
 
 
+@pytest.mark.usefixtures("short_stalls")
 def test_who_waits_for_anothers_download_shares_its_failure(server: Server, cache: ShardCache) -> None:
     hasty = ShardCache(cache.folder, cache.limit, retry_seconds=0.5)
     index = ShardIndex.open(server.url, hasty)

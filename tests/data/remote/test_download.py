@@ -43,6 +43,7 @@ def write_all(descriptor: int, data: bytes) -> None:
     assert os.write(descriptor, data) == len(data)
 
 
+@pytest.mark.usefixtures("short_stalls")
 @pytest.mark.parametrize("lengths", [True, False])
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize(
@@ -143,6 +144,7 @@ def test_a_server_that_sends_something_else_each_time_is_given_up(server: Server
     assert len(server.requests) < 30
 
 
+@pytest.mark.usefixtures("short_stalls")
 def test_a_silent_server_and_none_at_all_are_given_up(server: Server, tmp_path: Path) -> None:
     server.faults[NAME] = ["stall", "..."]
     with pytest.raises(Interrupted, match="^no answer for 0.3 s$"):

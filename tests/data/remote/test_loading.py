@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.data.remote.server import Server
-from ummim.data import Batch, DataConfig, ShardIndex, build_loader, fixed_batch
+from ummim.data import Batch, DataConfig, ShardIndex, build_loader, download, fixed_batch
 from ummim.masking import MaskConfig, PlanSampler
 
 SAMPLER = PlanSampler((4, 4), MaskConfig(), throw_ratio=0.5)
@@ -19,8 +19,13 @@ def batches(data: DataConfig, plan: SimpleNamespace, start: int = 0) -> list[Bat
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_failing_server_gives_the_batches_of_a_local_folder(
-    folder: Path, tmp_path: Path, arithmetic: Callable[..., SimpleNamespace], workers: int
+    folder: Path,
+    tmp_path: Path,
+    arithmetic: Callable[..., SimpleNamespace],
+    workers: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(download, "_STALL_SECONDS", 2.0)  # longer than a busy machine takes to answer: it counts
     local = batches(DataConfig(str(folder), workers=0, image_size=32, streams=3, window=2), arithmetic(1, 1, 8))
     with Server(folder) as server:
         server.pace = 0.001

@@ -95,6 +95,7 @@ def test_classes_named_anew_are_noticed(server: Server, cache: ShardCache) -> No
     )
 
 
+@pytest.mark.usefixtures("short_stalls")
 @pytest.mark.parametrize(
     ("name", "fault"),
     [("index.npy", "short"), ("index.npy", "corrupt")]

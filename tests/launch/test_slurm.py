@@ -1,0 +1,45 @@
+"""``sbatch launch/slurm.sbatch`` on a Slurm of two nodes: told to save, it is put back into the queue and goes on."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.launch.hosts import Hosts
+from tests.launch.slurm import Slurm, wait, why_not
+from tests.launch.test_jobs_on_hosts import losses, steps_done
+
+pytestmark = [pytest.mark.namespaces, pytest.mark.slow]
+
+
+@pytest.fixture
+def slurm(hosts: Hosts, tmp_path: Path) -> Iterator[Slurm]:
+    if reason := why_not():
+        pytest.skip(reason)
+    with Slurm(hosts, hosts.names[:2], tmp_path / "slurm") as cluster:
+        yield cluster
+
+
+def test_a_job_that_is_told_to_save_is_requeued_and_goes_on(slurm: Slurm, hosts: Hosts, recipe: Path, tmp_path: Path):
+    output, log = tmp_path / "run", tmp_path / "log"
+    environment = {"PYTHON": sys.executable, "NPROC_PER_NODE": "1", "SKIP_PREFLIGHT": "1"}
+    words = ["launch/slurm.sbatch", str(recipe), f"output={output}", "zero_stage=2", "description=it's one"]
+    job = slurm.run("sbatch", "--parsable", f"--output={log}", *words, **environment)
+    assert job.isdigit()
+    wait(lambda: steps_done(output) >= 3, 120)
+    slurm.run("scancel", "--signal=USR1", job)  # as Slurm itself, two minutes before the time limit
+    wait(lambda: slurm.state(job) == "PENDING", 60)
+    assert "stopped after step" in log.read_text()
+    reached = steps_done(output)
+    assert 3 <= reached < 40
+    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now+3")  # else two minutes
+    wait(lambda: slurm.state(job) == "COMPLETED", 120)
+    told = log.read_text()
+    assert f"resuming {output} after step {reached} of 40" in told
+    assert f"{output}: step 40 of 40 in step-40, ended" in told
+    assert len(losses(output)) == 40
+    assert json.loads((output / "checkpoints" / "step-40" / "state.json").read_text())["world_size"] == 2
+    assert "description: it's one" in (output / "recipe.yaml").read_text()
+    wait(lambda: all("train.py" not in line for name in hosts.names for line in hosts.processes(name).values()), 20)

@@ -1,0 +1,62 @@
+"""What ``--dry-run`` says about an evaluation alone."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ummim.data.urls import is_url, local_path
+from ummim.downstream.classify import Classifier
+from ummim.downstream.recipe import ClassifyRecipe
+from ummim.downstream.run import open_val, starting_encoder
+from ummim.downstream.task import Classification, build_model, encoder_from_scratch, resolved
+
+Rows = list[tuple[str, str]]
+
+
+def evaluation_rows(recipe: ClassifyRecipe) -> tuple[Rows, nn.Module | None]:
+    """Rows for the report, and the task; None where the weights are not at hand and the recipe has no sizes, or where
+    nothing is trained.
+
+    Raises:
+        UserError: weights or validation shards that are at hand but do not fit.
+    """
+    config, data = recipe.classify, recipe.data
+    here = bool(config.weights) and Path(config.weights).exists()
+    rows = [("validation", _validation(recipe))]
+    if config.weights:
+        rows.append(("weights", f"{config.weights}: {'at hand' if here else 'not at hand; training needs them'}"))
+    views = [data.randaugment or (f"colour jitter {data.color_jitter:g}" if data.color_jitter else "")]
+    views += [f"{name} {value:g}" for name, value in (
+        ("erasing", data.erasing), ("mixup", config.mixup), ("cutmix", config.cutmix),
+        ("label smoothing", config.label_smoothing)) if value]  # fmt: skip
+    rows.append(("augmentation", ", ".join(["crops, flips", *filter(None, views)])))
+    rows.append(
+        ("evaluation", f"short side {data.eval_side}, centre {data.image_size}, every {config.eval_every} epochs")
+    )
+    if not here and config.encoder is None:
+        return [*rows, ("parameters", "unknown: name classify.encoder to plan without the weights")], None
+    if here:
+        encoder, _ = starting_encoder(recipe)
+        recipe = resolved(recipe, encoder)
+    with torch.device("meta"):
+        model = build_model(recipe, encoder_from_scratch(recipe))
+        task = Classification(model, config)
+    trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    count = sum(p.numel() for p in task.parameters())
+    if config.protocol == "knn":
+        return [*rows, ("parameters", f"{count:,}, none trained")], None
+    what = f"{config.protocol}, {trained:,} trained of {count:,}"
+    if isinstance(model, Classifier) and config.layer_decay != 1:
+        scales = [group["lr_scale"] for group in task.parameter_groups(0.0)]
+        what += f"; rates times {scales[0]:.3g} (embedding) to 1 (head)"
+    return [*rows, ("parameters", what)], task
+
+
+def _validation(recipe: ClassifyRecipe) -> str:
+    shards = recipe.classify.val_shards
+    if is_url(shards) or not Path(local_path(shards)).is_dir():
+        return f"{shards}: not at hand"
+    index = open_val(replace(recipe, data=replace(recipe.data, retry_seconds=0)), shards)
+    return f"{index.place}: {len(index):,} images, digest {index.digest[:12]}"

@@ -1,0 +1,174 @@
+"""``python train.py`` with an evaluation's recipe: train on labels, evaluate now and then, and tell in files."""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ummim.atomic import write_text
+from ummim.data import ShardIndex
+from ummim.data.labelled import LabelledBatch, build_labelled_loader, check_labels
+from ummim.downstream.adapt import Encoder
+from ummim.downstream.encoders import describe, load_encoder
+from ummim.downstream.evaluate import Accuracy, Parts, evaluate, evaluating, lacks_evaluation, write_evaluation
+from ummim.downstream.knn import nearest_neighbours
+from ummim.downstream.recipe import ClassifyRecipe
+from ummim.downstream.task import Classification, build_model, encoder_from_scratch, resolved
+from ummim.engine.faults import on_every_rank, on_main
+from ummim.engine.resume import lock
+from ummim.engine.trainer import Pause, train
+from ummim.engine.watchdog import EVALUATE
+from ummim.engine.zero import World, deepspeed_config
+from ummim.environment import write_environment
+from ummim.errors import DataError, UserError
+from ummim.recipe_file import dump_recipe
+from ummim.run_plan import RunPlan
+
+log = logging.getLogger(__name__)
+
+Beat = Callable[[int, str], None]
+
+
+class Sets(NamedTuple):
+    """The opened shards."""
+
+    train: ShardIndex
+    val: ShardIndex
+
+
+def open_sets(recipe: ClassifyRecipe) -> Sets:
+    """Open and check both sets.
+
+    Raises:
+        DataError: shards that are missing or unsound, or labels that do not fit the recipe or each other.
+    """
+    train = ShardIndex.open(recipe.data.shards, recipe.data.shard_cache())
+    train.check()
+    check_labels(train, recipe.classify.classes, "data.shards")
+    val = open_val(recipe, recipe.classify.val_shards)
+    if train.classes is not None and val.classes is not None and train.classes != val.classes:
+        differ = sorted(set(train.classes) ^ set(val.classes))
+        which = f"in one alone: {', '.join(differ[:5])}" if differ else "another order"
+        raise DataError(
+            f"classify.val_shards: {val.place} has other classes than {train.place} ({which}), so its labels "
+            "would mean others: build both from the same class folders"
+        )
+    return Sets(train, val)
+
+
+def open_val(recipe: ClassifyRecipe, shards: str, what: str = "classify.val_shards") -> ShardIndex:
+    """Open and check shards to evaluate on; ``what`` named them. Raises DataError."""
+    try:
+        index = ShardIndex.open(shards, replace(recipe.data, shards=shards).shard_cache())
+        index.check()
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from None
+    check_labels(index, recipe.classify.classes, what)
+    return index
+
+
+def classify(recipe: ClassifyRecipe, world: World, beat: Beat) -> int:
+    """Run ``recipe`` on this rank, to its end or an interruption; returns the exit code. Raises UserError."""
+
+    def prepare() -> tuple[Sets, RunPlan]:
+        sets = open_sets(recipe)
+        plan = recipe.plan(world.size, len(sets.train))
+        if recipe.classify.protocol != "knn":
+            deepspeed_config(recipe, plan)
+        lock(Path(recipe.output))
+        return sets, plan
+
+    sets, plan = on_main(prepare, world)
+    torch.manual_seed(recipe.seed)  # the same weights on every rank
+    encoder, provenance = on_every_rank(lambda: starting_encoder(recipe), world)
+    recipe = on_every_rank(lambda: resolved(recipe, encoder), world)
+    model = on_every_rank(lambda: build_model(recipe, encoder), world)
+    announce = partial(_announce, recipe, sets, provenance, world)
+    if recipe.classify.protocol == "knn":
+        announce()
+        return nearest_neighbours(recipe, model, sets, world, beat)
+    task = on_every_rank(lambda: Classification(model, recipe.classify), world)
+    if recipe.compile:
+        task.model.compile(dynamic=False)
+
+    def batches(done: int) -> Iterable[LabelledBatch]:
+        announce()  # the run is ours from here on: a refused checkpoint has ended it before
+        loader = build_labelled_loader(sets.train, recipe.data, recipe.seed, plan, world.rank, world.size, done)
+        loader.pin_memory = world.device.type == "cuda"
+        return loader
+
+    evaluations = Evaluations(recipe, plan, task, sets.val, world, beat)
+    return train(task, recipe, plan, world, sets.train.digest, batches, evaluations, beat, recipe.classify.ema)
+
+
+def starting_encoder(recipe: ClassifyRecipe) -> tuple[Encoder, dict[str, Any]]:
+    """The encoder that ``recipe`` starts from, for whole images, and where it comes from. Raises UserError."""
+    config = recipe.classify
+    if not config.weights:
+        return encoder_from_scratch(recipe), {}
+    try:
+        return load_encoder(config.weights, config.family, recipe.data.image_size)
+    except UserError as error:
+        raise UserError(f"classify.weights: {error}") from None
+
+
+def _announce(recipe: ClassifyRecipe, sets: Sets, provenance: Mapping[str, Any], world: World) -> None:
+    if world.is_main:
+        output = Path(recipe.output)
+        log.warning("%s", describe(provenance) if provenance else "an encoder from scratch")
+        write_text(output / "recipe.yaml", dump_recipe(recipe))
+        write_text(output / "weights.json", json.dumps(provenance, indent=2) + "\n")
+        write_environment(output, world.size, world.device, sets.train.digest)
+
+
+class Evaluations:
+    """What a run does at the end of an epoch, see ``trainer.OnEpochEnd``: every ``eval_every`` epochs, and at its end,
+    the accuracy on the validation set of the weights and, if there is one, of their moving average."""
+
+    def __init__(
+        self, recipe: ClassifyRecipe, plan: RunPlan, task: Classification, val: ShardIndex, world: World, beat: Beat
+    ) -> None:
+        self.recipe, self.plan, self.task, self.val, self.world, self.beat = recipe, plan, task, val, world, beat
+        self.output = Path(recipe.output)
+
+    def __call__(self, pause: Pause) -> Mapping[str, float] | None:
+        every = self.recipe.classify.eval_every * self.plan.steps_per_epoch
+        if pause.step % every and pause.step != self.plan.stop_step:
+            return {}
+        if pause.resumed and not on_main(lambda: lacks_evaluation(self.output, pause.step), self.world):
+            return {}
+        found: dict[str, Accuracy] = {}
+        with evaluating(self.task):
+            weights = self.measure(pause)
+            if weights is None:
+                return None
+            found["weights"] = weights
+            if pause.engine.average is not None:
+                with pause.engine.average.in_place():
+                    average = self.measure(pause)
+                if average is None:
+                    return None
+                found["average"] = average
+        if self.world.is_main:
+            told = {"recipe": self.recipe.name, "step": pause.step, "epoch": pause.step / self.plan.steps_per_epoch}
+            told |= {"val_shards": self.recipe.classify.val_shards, "val_digest": self.val.digest}
+            write_evaluation(self.output, told, found)
+            for name, accuracy in found.items():
+                log.warning("epoch %.4g, %s: %s", told["epoch"], name, accuracy)
+        values = {f"val_{key}": getattr(weights, key) for key in ("top1", "top5", "loss")}
+        if "average" in found:
+            values |= {f"val_ema_{key}": getattr(found["average"], key) for key in ("top1", "top5", "loss")}
+        return values
+
+    def measure(self, pause: Pause) -> Accuracy | None:
+        step = 0 if pause.resumed else pause.step  # the watchdog gives what comes before the first step more time
+        parts = Parts(
+            self.val, self.recipe.data, self.recipe.micro_batch, self.world, lambda: pause.interrupts.code,
+            lambda: self.beat(step, EVALUATE),
+        )  # fmt: skip
+        return evaluate(self.task.logits, parts)

@@ -1,0 +1,1 @@
+"""``ummim report``: what runs have come to, on one page of HTML."""
