@@ -9,15 +9,18 @@ from PIL import Image
 
 from data_prep.__main__ import main as data_prep
 from tests.conftest import TINY_MAE
+from tests.launch import slurm
 from tests.launch.hosts import Hosts, why_not
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    marked = [item for item in items if item.get_closest_marker("namespaces")]
-    if marked and (reason := why_not()):
-        print(f"\ntests/launch: {len(marked)} tests skipped: {reason}")
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason=reason))
+    on_hosts = [item for item in items if item.get_closest_marker("namespaces")]
+    on_slurm = [item for item in on_hosts if "slurm" in getattr(item, "fixturenames", ())]
+    for marked, why in ((on_hosts, why_not), (on_slurm, slurm.why_not)):
+        if marked and (reason := why()):
+            print(f"\ntests/launch: {len(marked)} tests skipped: {reason}")
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.hosts import Hosts
-from tests.launch.slurm import Slurm, wait, why_not
+from tests.launch.slurm import Slurm, wait
 from tests.launch.test_jobs_on_hosts import losses, steps_done
 
 pytestmark = [pytest.mark.namespaces, pytest.mark.slow]
@@ -16,8 +16,6 @@ pytestmark = [pytest.mark.namespaces, pytest.mark.slow]
 
 @pytest.fixture
 def slurm(hosts: Hosts, tmp_path: Path) -> Iterator[Slurm]:
-    if reason := why_not():
-        pytest.skip(reason)
     with Slurm(hosts, hosts.names[:2], tmp_path / "slurm") as cluster:
         yield cluster
 

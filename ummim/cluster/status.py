@@ -7,8 +7,8 @@ from pathlib import Path
 from ummim.engine.checkpoint import FOLDER, steps
 from ummim.engine.resume import newest_valid, read_state
 from ummim.errors import CheckpointError
-from ummim.run_config import RunConfig
 from ummim.recipe_file import load_recipe
+from ummim.run_config import RunConfig
 
 
 @dataclass(frozen=True)
