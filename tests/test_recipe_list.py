@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from ummim.catalogue import COSTS
 from ummim.cost import report
 from ummim.recipe_file import load_recipe, packaged_recipes
-from ummim.recipe_list import COSTS
 
 
 def test_every_recipe_has_its_cost() -> None:

@@ -30,6 +30,7 @@ from ummim.run_config import RunConfig
 RECIPES = {recipe.name: recipe for recipe in (*pre_trainings(), *evaluations())}
 
 
+@cache
 def shrunk(name: str) -> RunConfig:
     changes = {**shrink(RECIPES[name]).changes, "data.shards": "/nowhere"}
     return load_recipe(name, overrides(changes), RunConfig)
@@ -77,10 +78,9 @@ def test_what_makes_the_code_path_is_kept(name: str) -> None:
     for key in ("zero_stage", "precision", "reduce_precision", "activation_checkpointing", "ds_config", "bad_steps"):
         assert getattr(before, key) == getattr(after, key)
     assert before.optim.schedule == after.optim.schedule
-    assert after.plan(2, 54).lr == pytest.approx(
-        before.optim.base_lr * before.global_batch / before.optim.reference_batch
-    )
-    assert after.plan(2, 54).accumulation > 1
+    peak = before.optim.base_lr * before.global_batch / before.optim.reference_batch
+    assert after.plan(2, 54).lr == pytest.approx(peak)
+    assert after.plan(2, 54).accumulation == (1 if "linear" in name else 2)
     if isinstance(before, Recipe) and isinstance(after, Recipe):
         assert type(before.method).__module__ == type(after.method).__module__
         assert replace(before.mask, shared_by=1) == replace(after.mask, shared_by=1)

@@ -43,7 +43,8 @@ def _of_full(entry: "Entry") -> str:
 def _status(entry: "Entry") -> str:
     if not entry.seen:
         return entry.status
-    return f"{entry.status} {entry.seen['date']} ({entry.seen['version']}, {entry.seen['commit'][:8]})"
+    commit, plus, _ = entry.seen["commit"].partition("+")  # +changes: of a checkout with uncommitted ones
+    return f"{entry.status} {entry.seen['date']} ({entry.seen['version']}, {commit[:8]}{plus})"
 
 
 NAME = Column("recipe", lambda entry: entry.recipe)
@@ -194,7 +195,7 @@ each stage:
 - **undisturbed**: 12 steps on two ranks, through DeepSpeed with the recipe's ZeRO stage;
 - **killed**: the same with `kill -9` to a rank after its first checkpoint; the other rank ends by itself;
 - **resumed**: on one rank, from the checkpoint to the end; every step's loss is compared with the undisturbed run's:
-  equal up to the kill, then within 1e-5 in fp32 and 1e-3 in bf16 (1e-2 without ZeRO, and for AMT, whose masks follow);
+  equal up to the kill, then within 1e-5 in fp32 and 1e-2 in bf16, whose roundings grow from step to step;
 - **export** and **load again**: every format that the model has (for the others, why not), read back and compared;
 - **fine-tuning**: two steps of the evaluation that the recipe names as `finetune` (or `--finetune RECIPE`) on the
   exported encoder, shrunk as well, and its accuracy on 27 photographs, which means nothing.
