@@ -21,7 +21,7 @@ def environment(world_size: int, device: torch.device, shard_digest: str) -> dic
     """Versions, git commit, devices and the digest of the shards' index."""
     return {
         "ummim": __version__,
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -45,7 +45,7 @@ def write_environment(folder: Path, world_size: int, device: torch.device, shard
     write_text(path, json.dumps(record, indent=2) + "\n")
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Commit of the checkout the package runs from, with ``+changes`` if it has any; None outside git."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():

@@ -9,6 +9,7 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import jsonargparse
@@ -59,7 +60,7 @@ def typed(recipe: type[R], section: str, config: type[Any], values: dict[str, An
 def _choose_kinds(config: type[Any], section: str, options: Mapping[str, Any]) -> type[Any]:
     """``config`` with every key that may be of several kinds (``encoder: ViTConfig | SwinConfig``) declared as
     the one whose ``kind`` the recipe names, by default the first: so that it is checked and parsed as that one."""
-    chosen: list[tuple[str, Any, Any]] = []
+    chosen: list[tuple[str, Any]] = []
     for key, declared in get_type_hints(config).items():
         members: list[Any] = [member for member in get_args(declared) if dataclasses.is_dataclass(member)]
         kinds = {member.kind: member for member in members}
@@ -69,8 +70,14 @@ def _choose_kinds(config: type[Any], section: str, options: Mapping[str, Any]) -
         kind = given.get("kind", next(iter(kinds))) if isinstance(given, dict) else next(iter(kinds))
         if not isinstance(kind, str) or kind not in kinds:
             raise RecipeError(f"the {section} has no such {key}; use {' or '.join(kinds)}", f"{section}.{key}.kind")
-        chosen.append((key, kinds[kind], dataclasses.field(default_factory=kinds[kind])))
-    return dataclasses.make_dataclass(config.__name__, chosen, bases=(config,), frozen=True)
+        chosen.append((key, kinds[kind]))
+    return _narrowed(config, tuple(chosen))
+
+
+@cache  # so that the parser below is made once, too
+def _narrowed(config: type[Any], chosen: tuple[tuple[str, Any], ...]) -> type[Any]:
+    fields = [(key, kind, dataclasses.field(default_factory=kind)) for key, kind in chosen]
+    return dataclasses.make_dataclass(config.__name__, fields, bases=(config,), frozen=True)
 
 
 def check_keys(values: Mapping[str, Any], kind: type, prefix: str, section: str = "") -> None:
@@ -90,10 +97,16 @@ def check_keys(values: Mapping[str, Any], kind: type, prefix: str, section: str 
             check_keys(value, known[key], f"{prefix}{key}.")
 
 
-def _parse(recipe: type[R], section: str, values: dict[str, Any], options: dict[str, Any], config: type[Any]) -> R:
+@cache  # most of the time that reading a recipe takes
+def _parser(recipe: type[RunConfig], section: str, config: type[Any]) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(recipe, None, skip={section})
     parser.add_class_arguments(config, section)
+    return parser
+
+
+def _parse(recipe: type[R], section: str, values: dict[str, Any], options: dict[str, Any], config: type[Any]) -> R:
+    parser = _parser(recipe, section, config)
     try:
         parsed = parser.instantiate(parser.parse_object({**values, section: options}))
     except jsonargparse.ArgumentError as error:

@@ -54,9 +54,10 @@ def main() -> int:
                     batch.images.fill_(float("nan"))
             yield batch
 
-    def epoch_end(epoch):
+    def epoch_end(pause):
         if world.is_main:
-            print(f"epoch end {epoch}", flush=True)
+            print(f"epoch end after step {pause.step}", flush=True)
+        return {}
 
     with Watchdog(recipe, world) as watchdog:
         task = build_toy(**arguments.get("task", {}))

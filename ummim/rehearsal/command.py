@@ -9,7 +9,7 @@ from typing import Any
 
 from ummim.catalogue import fine_tuned, linked, record
 from ummim.downstream.recipe import ClassifyRecipe
-from ummim.environment import _git_commit as git_commit
+from ummim.environment import git_commit
 from ummim.errors import UserError
 from ummim.recipe import Recipe
 from ummim.recipe_file import load_recipe
