@@ -71,7 +71,7 @@ def _choose_kinds(config: type[Any], section: str, options: Mapping[str, Any]) -
         if not isinstance(kind, str) or kind not in kinds:
             raise RecipeError(f"the {section} has no such {key}; use {' or '.join(kinds)}", f"{section}.{key}.kind")
         chosen.append((key, kinds[kind]))
-    return _narrowed(config, tuple(chosen))
+    return _narrowed(config, tuple(chosen))  # type: ignore[arg-type]  # mypy: classes are not hashable
 
 
 @cache  # so that the parser below is made once, too
@@ -106,7 +106,7 @@ def _parser(recipe: type[RunConfig], section: str, config: type[Any]) -> jsonarg
 
 
 def _parse(recipe: type[R], section: str, values: dict[str, Any], options: dict[str, Any], config: type[Any]) -> R:
-    parser = _parser(recipe, section, config)
+    parser = _parser(recipe, section, config)  # type: ignore[arg-type]  # mypy: classes are not hashable
     try:
         parsed = parser.instantiate(parser.parse_object({**values, section: options}))
     except jsonargparse.ArgumentError as error:
