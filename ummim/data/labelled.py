@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from ummim.data.augment_labelled import LabelledAugment
 from ummim.data.batch import write_tensors
-from ummim.data.config import LabelledDataConfig
+from ummim.data.config import DataConfig, LabelledDataConfig
 from ummim.data.faults import Fault
 from ummim.data.loader import BatchPlan, Loader, training_loader
 from ummim.data.order import Pick, RowBatches
@@ -113,8 +113,22 @@ def build_eval_loader(index: ShardIndex, data: LabelledDataConfig, batch: int, r
     return Loader(samples, rows, data.workers, data.worker_restarts, prefetcher=prefetcher)
 
 
-def check_labels(index: ShardIndex, classes: int, what: str) -> None:
-    """Raise ``DataError`` unless every sample has a label from 0 to ``classes`` - 1. ``what``: the recipe's key."""
+def open_labelled(data: DataConfig, shards: str, classes: int | None, what: str) -> ShardIndex:
+    """Open and check labelled ``shards`` beside those of ``data``; ``what`` named them. Raises DataError."""
+    try:
+        index = ShardIndex.open(shards, replace(data, shards=shards).shard_cache())
+        index.check()
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from None
+    check_labels(index, classes, what)
+    return index
+
+
+def check_labels(index: ShardIndex, classes: int | None, what: str) -> None:
+    """Raise ``DataError`` unless every sample has a label from 0 to ``classes`` - 1, or of any size where that is None.
+
+    ``what``: the recipe's key.
+    """
     labels = index.table["label"]
     if len(labels) == 0:
         raise DataError(f"{what}: {index.place} holds no images")
@@ -124,7 +138,7 @@ def check_labels(index: ShardIndex, classes: int, what: str) -> None:
             f"{what}: {index.place} has images without a label: build the shards from folders named after classes, or "
             "from a source with labels"
         )
-    if most >= classes:
+    if classes is not None and most >= classes:
         raise DataError(
             f"{what}: {index.place} has labels up to {most}: set classify.classes={most + 1}, or use other shards"
         )

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ummim.data.labelled import open_labelled
 from ummim.data.urls import is_url, local_path
 from ummim.downstream.classify import Classifier
 from ummim.downstream.recipe import ClassifyRecipe
-from ummim.downstream.run import open_val, starting_encoder
+from ummim.downstream.run import starting_encoder
 from ummim.downstream.task import Classification, build_model, encoder_from_scratch, resolved
 
 Rows = list[tuple[str, str]]
@@ -58,5 +59,5 @@ def _validation(recipe: ClassifyRecipe) -> str:
     shards = recipe.classify.val_shards
     if is_url(shards) or not Path(local_path(shards)).is_dir():
         return f"{shards}: not at hand"
-    index = open_val(replace(recipe, data=replace(recipe.data, retry_seconds=0)), shards)
+    index = open_labelled(replace(recipe.data, retry_seconds=0), shards, recipe.classify.classes, "classify.val_shards")
     return f"{index.place}: {len(index):,} images, digest {index.digest[:12]}"

@@ -6,9 +6,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from ummim.data.labelled import open_labelled
 from ummim.downstream.evaluate import FILE, Accuracy, Parts, evaluate, evaluating, write_evaluation
 from ummim.downstream.recipe import ClassifyRecipe
-from ummim.downstream.run import open_val
 from ummim.downstream.task import Classification
 from ummim.downstream.trained import PREFIX, load_trained
 from ummim.engine.checkpoint_shards import AVERAGE, Contents
@@ -51,7 +51,7 @@ def evaluate_run(
         recipe = replace(recipe, data=replace(recipe.data, workers=workers))
     place = shards or recipe.classify.val_shards
     what = "classify.val_shards" if shards is None else "--shards"
-    index = on_main(lambda: open_val(recipe, place, what), world)
+    index = on_main(lambda: open_labelled(recipe.data, place, recipe.classify.classes, what), world)
     task.to(world.device)
     with Interrupts() as interrupts, evaluating(task):
         parts = Parts(index, recipe.data, batch or recipe.micro_batch, world, lambda: interrupts.code)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from ummim.data import ShardIndex
 from ummim.data.normalise import normalise
 from ummim.downstream.classify import Classifier
 from ummim.downstream.evaluate import Accuracy, Parts, evaluating, rank_of_label, write_evaluation
@@ -42,17 +43,13 @@ def nearest_neighbours(recipe: ClassifyRecipe, model: Classifier | Probe, sets: 
     """
     config = recipe.classify
     model.to(world.device)
-    with Interrupts() as interrupts, evaluating(model):
-        found: list[Features] = []
-        for index in (sets.train, sets.val):
+    with Interrupts() as interrupts:
+
+        def parts_of(index: ShardIndex) -> Parts:
             beating = partial(beat, 0, EVALUATE)
-            parts = Parts(index, recipe.data, recipe.micro_batch, world, lambda: interrupts.code, beating)
-            features = compute(model, parts)
-            if features is None:
-                interrupts.leave()
-                return agreed_stop(interrupts.code, world)
-            found.append(features)
-        accuracy = vote(found[0], gathered(found[1], world), config, world, lambda: interrupts.code)
+            return Parts(index, recipe.data, recipe.micro_batch, world, lambda: interrupts.code, beating)
+
+        accuracy = classify(model, parts_of(sets.train), parts_of(sets.val), config)
         if accuracy is None:
             interrupts.leave()
             return agreed_stop(interrupts.code, world)
@@ -62,6 +59,19 @@ def nearest_neighbours(recipe: ClassifyRecipe, model: Classifier | Probe, sets: 
         write_evaluation(Path(recipe.output), told, {"weights": accuracy})
         print(f"{config.neighbours} nearest neighbours: {accuracy}", flush=True)
     return 0
+
+
+def classify(model: Any, known: Parts, asked: Parts, config: ClassifyConfig) -> Accuracy | None:
+    """The accuracy on ``asked`` of the votes of ``known``, by ``model.features``. None where it was interrupted."""
+    found: list[Features] = []
+    with evaluating(model):
+        for parts in (known, asked):
+            features = compute(model, parts)
+            if features is None:
+                return None
+            found.append(features)
+        train, val = found
+        return vote(train, gathered(val, asked.world), config, asked.world, asked.code)
 
 
 def compute(model: Any, parts: Parts) -> Features | None:

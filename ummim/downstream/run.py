@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import torch
 
 from ummim.atomic import write_text
 from ummim.data import ShardIndex
-from ummim.data.labelled import LabelledBatch, build_labelled_loader, check_labels
+from ummim.data.labelled import LabelledBatch, build_labelled_loader, check_labels, open_labelled
 from ummim.downstream.adapt import Encoder
 from ummim.downstream.encoders import describe, load_encoder
 from ummim.downstream.evaluate import Accuracy, Parts, evaluate, evaluating, lacks_evaluation, write_evaluation
@@ -50,7 +49,7 @@ def open_sets(recipe: ClassifyRecipe) -> Sets:
     train = ShardIndex.open(recipe.data.shards, recipe.data.shard_cache())
     train.check()
     check_labels(train, recipe.classify.classes, "data.shards")
-    val = open_val(recipe, recipe.classify.val_shards)
+    val = open_labelled(recipe.data, recipe.classify.val_shards, recipe.classify.classes, "classify.val_shards")
     if train.classes is not None and val.classes is not None and train.classes != val.classes:
         differ = sorted(set(train.classes) ^ set(val.classes))
         which = f"in one alone: {', '.join(differ[:5])}" if differ else "another order"
@@ -59,17 +58,6 @@ def open_sets(recipe: ClassifyRecipe) -> Sets:
             "would mean others: build both from the same class folders"
         )
     return Sets(train, val)
-
-
-def open_val(recipe: ClassifyRecipe, shards: str, what: str = "classify.val_shards") -> ShardIndex:
-    """Open and check shards to evaluate on; ``what`` named them. Raises DataError."""
-    try:
-        index = ShardIndex.open(shards, replace(recipe.data, shards=shards).shard_cache())
-        index.check()
-    except DataError as error:
-        raise DataError(f"{what}: {error}") from None
-    check_labels(index, recipe.classify.classes, what)
-    return index
 
 
 def classify(recipe: ClassifyRecipe, world: World, beat: Beat) -> int:

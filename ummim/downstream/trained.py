@@ -6,12 +6,10 @@ from ummim.downstream.classify import Classifier
 from ummim.downstream.probe import Probe
 from ummim.downstream.recipe import ClassifyRecipe
 from ummim.downstream.task import build_model, encoder_from_scratch
-from ummim.errors import CheckpointError
-from ummim.interop.run import find_checkpoint, read_weights
+from ummim.interop.run import RECIPE_FILE, fill, find_checkpoint, recipe_of
 from ummim.recipe_file import load_recipe
 from ummim.run_config import RunConfig
 
-RECIPE_FILE = "recipe.yaml"
 PREFIX = "model."  # the engine saves the task, which holds the model
 
 
@@ -37,15 +35,7 @@ def load_trained(path: Path) -> tuple[ClassifyRecipe, Classifier | Probe, Path]:
         RecipeError: the run is a pre-training.
     """
     checkpoint = find_checkpoint(path)
-    recipe_file = checkpoint / RECIPE_FILE
-    if not recipe_file.is_file():
-        raise CheckpointError(f"{checkpoint}: has no {RECIPE_FILE}; give a folder that train.py wrote")
-    recipe = load_recipe(str(recipe_file), (), ClassifyRecipe)
+    recipe = load_recipe(recipe_of(checkpoint), (), ClassifyRecipe)
     model = build_model(recipe, encoder_from_scratch(recipe))
-    weights = {key.removeprefix(PREFIX): value.float() for key, value in read_weights(checkpoint).items()}
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        problem = " ".join(str(error).split())
-        raise CheckpointError(f"{checkpoint}: the weights do not fit {recipe_file}: {problem}") from None
+    fill(model, checkpoint, PREFIX)
     return recipe, model.eval(), checkpoint

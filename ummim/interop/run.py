@@ -4,7 +4,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ummim.engine.checkpoint import FOLDER, WEIGHTS, fault
 from ummim.engine.checkpoint_shards import Contents
@@ -14,7 +14,8 @@ from ummim.methods.api import Method
 from ummim.recipe import Recipe
 from ummim.recipe_file import load_recipe
 
-_PREFIX = "method."  # the engine saves the task, which holds the method
+RECIPE_FILE = "recipe.yaml"
+PREFIX = "method."  # the engine saves the task, which holds the method
 
 
 def load_run(path: str | Path) -> tuple[Recipe, Method, Path]:
@@ -27,18 +28,32 @@ def load_run(path: str | Path) -> tuple[Recipe, Method, Path]:
         CheckpointError: nothing there, or weights that do not fit the recipe.
     """
     checkpoint = find_checkpoint(Path(path))
-    recipe_file = checkpoint / "recipe.yaml"
-    if not recipe_file.is_file():
-        raise CheckpointError(f"{checkpoint}: has no recipe.yaml; give a folder that train.py wrote")
-    recipe = load_recipe(str(recipe_file))
+    recipe = load_recipe(recipe_of(checkpoint))
     method = recipe.method.for_inference().build(recipe.data.image_size, recipe.partial, recipe.throw_ratio > 0)
-    weights = {key.removeprefix(_PREFIX): tensor.float() for key, tensor in read_weights(checkpoint).items()}
+    fill(method, checkpoint, PREFIX)
+    return recipe, method.eval(), checkpoint
+
+
+def recipe_of(checkpoint: Path) -> str:
+    """The recipe's file in a step folder. Raises CheckpointError where there is none."""
+    recipe_file = checkpoint / RECIPE_FILE
+    if not recipe_file.is_file():
+        raise CheckpointError(f"{checkpoint}: has no {RECIPE_FILE}; give a folder that train.py wrote")
+    return str(recipe_file)
+
+
+def fill(model: nn.Module, checkpoint: Path, prefix: str) -> None:
+    """Load a step folder's weights, in float32, into what the task holds as ``prefix``.
+
+    Raises:
+        CheckpointError: weights that do not fit.
+    """
+    weights = {key.removeprefix(prefix): tensor.float() for key, tensor in read_weights(checkpoint).items()}
     try:
-        method.load_state_dict(weights)
+        model.load_state_dict(weights)
     except RuntimeError as error:
         problem = " ".join(str(error).split())
-        raise CheckpointError(f"{checkpoint}: the weights do not fit {recipe_file}: {problem}") from None
-    return recipe, method.eval(), checkpoint
+        raise CheckpointError(f"{checkpoint}: the weights do not fit {checkpoint / RECIPE_FILE}: {problem}") from None
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
