@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +16,9 @@ pytestmark = [pytest.mark.namespaces, pytest.mark.slow]
 
 
 @pytest.fixture
-def slurm(hosts: Hosts, tmp_path: Path) -> Iterator[Slurm]:
-    with Slurm(hosts, hosts.names[:2], tmp_path / "slurm") as cluster:
-        yield cluster
+def slurm(hosts: Hosts) -> Iterator[Slurm]:
+    with tempfile.TemporaryDirectory() as folder, Slurm(hosts, hosts.names[:2], Path(folder)) as cluster:
+        yield cluster  # not in tmp_path: the names of the daemons' sockets, at most 107 bytes, would be too long
 
 
 def test_a_job_that_is_told_to_save_is_requeued_and_goes_on(slurm: Slurm, hosts: Hosts, recipe: Path, tmp_path: Path):
