@@ -1,11 +1,13 @@
 """Images per second of one core, from ImageNet-like JPEGs to augmented 224-pixel views, of this and other loaders.
 
-    python benchmarks/loader.py [--images N] [--rounds N] [--quality Q] [--quick] [--others PYTHON] [--json FILE]
+    python benchmarks/loader.py [--images N] [--rounds N] [--quality Q] [--quick] [--turbojpeg FILE] [--others PYTHON]
+        [--json FILE]
 
 All ways read the same images in one run, on one core and without worker processes, in turns: a round is an epoch of
 each. Time is processor time, which others on the machine hardly disturb; ratios are medians over the rounds. Other
 loaders run under --others, the Python of an environment of their own (pip install litdata mosaicml-streaming ffcv);
-those it lacks are left out, with the reason.
+those it lacks are left out, with the reason. With a libturbojpeg of version 3 (see ummim/data/turbojpeg.py), ours reads
+crops alone as well.
 """
 
 import argparse
@@ -22,21 +24,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from loader_images import make_images
-from loader_ways import SIZE, Way, bare_decode, mae, masks, ours, plain_webdataset
+from loader_ways import SIZE, Way, bare_crops, bare_decode, decoding, mae, masks, ours, plain_webdataset
 from PIL import Image
 
 from data_prep.__main__ import main as data_prep
 from ummim.data import Augment, DataConfig, ShardIndex, decode
 from ummim.data.shards import ShardReader
+from ummim.data.turbojpeg import TurboJpeg, turbojpeg
 
 OTHERS = ("ffcv", "streaming", "litdata")
 Timer = Callable[[], tuple[float, float]]  # an epoch's processor time and time, seconds per image
-MAE, BARE, OURS, THROWING = (
-    "MAE: ImageFolder + PIL",
-    "libjpeg-turbo's decode alone",
-    "ummim, random 75%",
-    "ummim, PR-MIM",
-)
+MAE, BARE, BARE_CROPS = "MAE: ImageFolder + PIL", "libjpeg-turbo's decode alone", "libjpeg-turbo's decode of crops"
+OURS, THROWING = "ummim, random 75%", "ummim, PR-MIM"
+CROPS, MASKS = ", crops alone", "masks of "
 
 
 def timer(way: Way) -> Timer:
@@ -77,6 +77,18 @@ def other(name: str, python: str, images: Path, folder: Path, batch: int) -> Tim
     return epoch
 
 
+def our_ways(index: ShardIndex, batch: int, library: TurboJpeg | None) -> dict[str, Timer]:
+    ways = {BARE: bare_decode(index, batch)}
+    for name, throw_ratio in ((OURS, 0.0), (THROWING, 0.5)):
+        ways[name] = decoding(ours(index, batch, throw_ratio), None)
+        if library is not None:
+            ways[name + CROPS] = decoding(ours(index, batch, throw_ratio), library)
+        ways[MASKS + name] = masks(index, batch, throw_ratio)
+    if library is not None:
+        ways[BARE_CROPS] = bare_crops(index, batch, library)
+    return {name: timer(way) for name, way in ways.items()}
+
+
 def agreement(index: ShardIndex) -> str:
     """How far views are from Pillow's decode, crop and resize at the same places."""
     reader, augment, worst, squares, differ = ShardReader(index), Augment(DataConfig("", image_size=SIZE)), 0, [], []
@@ -112,7 +124,7 @@ def ratio(times: dict[str, list[tuple[float, float]]], slow: str, fast: str) -> 
     return statistics.median(a[0] / b[0] for a, b in zip(times[slow], times[fast], strict=True))
 
 
-def report(times: dict[str, list[tuple[float, float]]], shares: dict[str, str]) -> list[str]:
+def report(times: dict[str, list[tuple[float, float]]]) -> list[str]:
     lines = [f"{'':32}{'images/s':>10}{'us/image':>10}{'x MAE':>8}{'x decode':>10}{'us, wall':>10}"]
     for name, each in times.items():
         processor, clock = (statistics.median(column) for column in zip(*each, strict=True))
@@ -120,7 +132,13 @@ def report(times: dict[str, list[tuple[float, float]]], shares: dict[str, str]) 
             f"{name:32}{1 / processor:10.0f}{processor * 1e6:10.0f}{ratio(times, MAE, name):8.2f}"
             f"{ratio(times, name, BARE):10.2f}{clock * 1e6:10.0f}"
         )
-    return lines + [f"masks' share of {name}: {ratio(times, part, name):.2%}" for name, part in shares.items()]
+    for name in (OURS, OURS + CROPS, THROWING, THROWING + CROPS):
+        if name in times:
+            part = MASKS + name.removesuffix(CROPS)
+            lines.append(f"masks' share of {name}: {ratio(times, part, name):.2%}")
+    if BARE_CROPS in times:
+        lines.append(f"{OURS}{CROPS}, to the bare decode of crops: {ratio(times, OURS + CROPS, BARE_CROPS):.2f}")
+    return lines
 
 
 def main() -> None:
@@ -130,6 +148,7 @@ def main() -> None:
     parser.add_argument("--quality", type=int, default=90, help="of the JPEGs (%(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="images per batch (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="128 images, 2 rounds: to see that it runs")
+    parser.add_argument("--turbojpeg", metavar="FILE", help="a libturbojpeg; else that which training would find")
     parser.add_argument("--others", metavar="PYTHON", help="the Python that has the other loaders")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every time that was taken")
     options = parser.parse_args()
@@ -144,15 +163,8 @@ def main() -> None:
             raise SystemExit(1)
         index, batch = ShardIndex.open(shards), options.batch
         print(agreement(index))
-        ways = {
-            MAE: timer(mae(tree, batch)),
-            "webdataset + PIL": timer(plain_webdataset(shards, batch)),
-            OURS: timer(ours(index, batch, 0.0)),
-            THROWING: timer(ours(index, batch, 0.5)),
-            BARE: timer(bare_decode(index, batch)),
-            "masks of random 75%": timer(masks(index, batch, 0.0)),
-            "masks of PR-MIM": timer(masks(index, batch, 0.5)),
-        }
+        ways = our_ways(index, batch, TurboJpeg(options.turbojpeg) if options.turbojpeg else turbojpeg())
+        ways = {MAE: timer(mae(tree, batch)), "webdataset + PIL": timer(plain_webdataset(shards, batch)), **ways}
         for name in OTHERS if options.others else ():
             found = other(name, options.others, tree, Path(folder) / name, batch)
             if isinstance(found, str):
@@ -160,8 +172,7 @@ def main() -> None:
             else:
                 ways[name] = found
         times = measure(ways, rounds)
-        shares = {OURS: "masks of random 75%", THROWING: "masks of PR-MIM"}
-        print("\n".join(report(times, shares)))
+        print("\n".join(report(times)))
     if options.json:
         options.json.write_text(json.dumps(times, indent=1))
 

@@ -1,5 +1,6 @@
 """The ways of reading that loader.py times in its own process: each is an epoch, a function that returns its images."""
 
+import random
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -11,8 +12,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from ummim.data import DataConfig, ShardIndex, build_loader
+from ummim.data import DataConfig, ShardIndex, build_loader, images
+from ummim.data.augment import draw_crop
 from ummim.data.shards import ShardReader
+from ummim.data.turbojpeg import TurboJpeg
 from ummim.masking import MaskConfig, PlanSampler
 
 SIZE, GRID, SCALE = 224, (14, 14), (0.2, 1.0)
@@ -56,7 +59,7 @@ def ours(index: ShardIndex, batch: int, throw_ratio: float) -> Way:
 
 
 def masks(index: ShardIndex, batch: int, throw_ratio: float) -> Way:
-    """What masks are of ``ours``: the plans of the same samples, and their batches."""
+    """What masks are of ``ours``: the plans of the same samples, batch by batch."""
     sampler = PlanSampler(GRID, MaskConfig(), throw_ratio)
     sampler.warm_up()
     keys = [index.key(row) for row in range(len(index) // batch * batch)]
@@ -64,7 +67,7 @@ def masks(index: ShardIndex, batch: int, throw_ratio: float) -> Way:
     def epoch() -> int:
         for start in range(0, len(keys), batch):
             seeds = [sampler.seed(0, 0, key, start) for key in keys[start : start + batch]]
-            sampler.stack([sampler(seed) for seed in seeds])
+            sampler.batch(seeds)
         return len(keys)
 
     return epoch
@@ -80,5 +83,32 @@ def bare_decode(index: ShardIndex, batch: int) -> Way:
         for data in files:
             simplejpeg.decode_jpeg(data)
         return len(files)
+
+    return epoch
+
+
+def bare_crops(index: ShardIndex, batch: int, library: TurboJpeg) -> Way:
+    """libjpeg-turbo alone: crops like those of ``ours``, and nothing of what they leave out."""
+    reader, config, crops = ShardReader(index), DataConfig("", image_size=SIZE), []
+    for row in range(len(index) // batch * batch):
+        data = reader.read(row)
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        crops.append((data, draw_crop(random.Random(row), width, height, config.crop_scale, config.crop_ratio)))
+    reader.close()
+
+    def epoch() -> int:
+        for data, crop in crops:
+            library.part(data, *crop)
+        return len(crops)
+
+    return epoch
+
+
+def decoding(way: Way, library: TurboJpeg | None) -> Way:
+    """``way`` with crops decoded by ``library``, or whole images by simplejpeg."""
+
+    def epoch() -> int:
+        images.turbojpeg = lambda: library  # type: ignore[assignment]
+        return way()
 
     return epoch

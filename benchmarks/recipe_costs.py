@@ -1,4 +1,4 @@
-"""Count a pass of every packaged pre-training, for `ummim recipes`.
+"""Count a pass of every packaged recipe, for `ummim recipes`.
 
     python benchmarks/recipe_costs.py [--check] [--new]
 
@@ -14,11 +14,13 @@ from typing import Any
 
 from ummim.atomic import write_text
 from ummim.capacity.activations import counted_as, measure
+from ummim.capacity.evaluations import measure as measure_evaluation
 from ummim.capacity.strategy import Shapes
 from ummim.catalogue import COSTS
 from ummim.cost import batch_of, build_on_meta, count_flops, full_reconstruction, meta_inputs
+from ummim.downstream.recipe import ClassifyRecipe
 from ummim.recipe import Recipe
-from ummim.recipe_file import load_recipe, packaged_recipes
+from ummim.recipe_file import load_recipe, packaged_evaluations, packaged_recipes
 
 
 def main() -> None:
@@ -38,6 +40,8 @@ def main() -> None:
         full = forward(full_reconstruction(recipe), False, known)
         costs[name] = {"forward_gmac": round(mine, 4), "of_full": round(mine / full, 4), "step": step(recipe, known)}
         print(name, costs[name], flush=True)
+    for name in packaged_evaluations():
+        costs[name] = before[name] if options.new and name in before else evaluation(name, known)
     if options.check:
         sys.exit(0 if before == costs else f"{COSTS} is out of date: run {sys.argv[0]}")
     rows = [f' "{name}": {json.dumps(cost)}' for name, cost in costs.items()]
@@ -71,6 +75,19 @@ def step(recipe: Recipe, known: dict[str, Any]) -> dict[str, Any]:
         }
     value: dict[str, Any] = known[key]
     return value
+
+
+def evaluation(name: str, known: dict[str, Any]) -> dict[str, Any]:
+    """The costs of an evaluation."""
+    recipe = load_recipe(name, (), ClassifyRecipe)
+    if recipe.zero_stage == 3 or recipe.activation_checkpointing != "none":
+        sys.exit(f"{name}: ZeRO-3 and activation checkpointing are not counted of evaluations")
+    key = repr([recipe.classify, recipe.data.image_size, recipe.micro_batch, recipe.precision])
+    if key not in known:
+        known[key] = measure_evaluation(recipe)
+        print(name, known[key], flush=True)
+    step: dict[str, Any] = known[key]
+    return {"forward_gmac": round(step["activations"]["forward_flops"] / 2e9, 4), "step": step}
 
 
 def same(recipe: Recipe, *more: Any) -> str:

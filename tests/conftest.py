@@ -1,6 +1,8 @@
 """What every test shares: one thread per process (two cores, many processes) and a place for tiny recipes."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,14 +58,31 @@ LONGEST = (  # files, by their time
     "test_parallel.py",
     "test_train.py",
     "test_run.py",
+    "test_static_shapes.py",
     "test_stages.py",
+    "test_watchdog.py",
     "test_attention_maps.py",
+    "test_elastic.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: two workers that take file after file then end at about the same time."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile that has compiled nothing. Coverage looks away: the compiler takes two to three times as long
+    when it is watched, and the lines it compiles run in other tests as well."""
+    import torch
+
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+    sys.settrace(tracer)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ seconds of a core. What starts from nothing and launchers do is tested with real
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from ummim.engine.zero import RENDEZVOUS
 
+LEFT_OUT = (*RENDEZVOUS, "COVERAGE_PROCESS_CONFIG")  # nor do guardians, which are processes again, count their lines
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
@@ -23,14 +26,14 @@ _CONTEXT.set_forkserver_preload(["tests.preloaded"])
 class Job:
     """``python WORDS...``: a file and its arguments, or ``-m``, a module and its arguments.
 
-    It has this process's environment without a launcher's variables, and with those of ``rendezvous``.
+    It has this process's environment without coverage's and a launcher's variables, and with those of ``rendezvous``.
     """
 
     def __init__(self, words: Sequence[object], cwd: Path, rendezvous: Mapping[str, str] | None = None) -> None:
         self.words = [str(word) for word in words]
         self._folder = tempfile.TemporaryDirectory()
         self._files = tuple(str(Path(self._folder.name) / name) for name in ("stdout", "stderr"))
-        kept = {name: value for name, value in os.environ.items() if name not in RENDEZVOUS}
+        kept = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
         env = {**kept, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(rendezvous or {})}
         arguments = (self.words, str(cwd), env, self._files)
         self._process = _CONTEXT.Process(target=_become, args=arguments)
@@ -64,13 +67,20 @@ def run(words: Sequence[object], cwd: Path) -> subprocess.CompletedProcess[str]:
     return Job(words, cwd).wait()
 
 
-def run_ranks(ranks: int, words: Sequence[object], cwd: Path) -> list[subprocess.CompletedProcess[str]]:
+def run_ranks(
+    ranks: int, words: Sequence[object], cwd: Path, timeout: float = 240
+) -> list[subprocess.CompletedProcess[str]]:
     """The same as one process group, without a launcher: each rank's end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     jobs = [Job(words, cwd, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
-    return [job.wait() for job in jobs]
+    try:
+        return [job.wait(timeout) for job in jobs]
+    finally:
+        for job in jobs:
+            if job.poll() is None:
+                job.send_signal(signal.SIGKILL)
 
 
 def _become(words: list[str], cwd: str, env: dict[str, str], files: tuple[str, str]) -> None:

@@ -1,14 +1,12 @@
 """Cases of ``tests.parallel``: a method, cut over ranks and micro-batches in some way; also of benchmarks/parity.py."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from tests import forked
 from tests.conftest import ROOT
 from tests.methods.tiny import METHODS
 from ummim.data.config import DataConfig
@@ -81,15 +79,11 @@ def launch(folder: Path, cases: Sequence[Case]) -> dict[Case, Numbers]:
 def _launch_group(folder: Path, ranks: int, cases: Sequence[Case]) -> list[Numbers]:
     jobs = folder / f"{ranks}.json"
     jobs.write_text(json.dumps([[str(folder / f"{case.method}.yaml"), *_overrides(folder, case)] for case in cases]))
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [*launcher, "-m", "tests.parallel", str(folder / f"runs-{ranks}"), str(jobs)]
-    job = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1700
-    )
-    lines = [json.loads(line) for line in job.stdout.splitlines() if line.startswith("{")]
-    assert job.returncode == 0, f"after {len(lines)} of {len(cases)} cases on {ranks} ranks: {job.stderr}"
+    words = ["-m", "tests.parallel", folder / f"runs-{ranks}", jobs]
+    ended = forked.run_ranks(ranks, words, ROOT, timeout=1700)
+    lines = [json.loads(line) for line in ended[0].stdout.splitlines() if line.startswith("{")]
+    told = f"after {len(lines)} of {len(cases)} cases on {ranks} ranks: {[job.stderr[-3000:] for job in ended]}"
+    assert not any(job.returncode for job in ended), told
     for case, line in zip(cases, lines, strict=True):
         assert line["accumulation"] == case.accumulation and len(line["losses"]) == case.steps, case
     return [Numbers(line["losses"], line["norms"]) for line in lines]

@@ -12,6 +12,7 @@ from ummim.__main__ import main
 from ummim.capacity.gpus import Assumptions, find_gpu
 from ummim.capacity.report import Cluster, report
 from ummim.catalogue import (
+    COSTS,
     REHEARSED,
     REPRODUCED,
     catalogue,
@@ -148,6 +149,19 @@ def test_days_and_hours_are_those_of_capacity(monkeypatch: pytest.MonkeyPatch) -
     run = report(load_recipe("quickstart"), cluster, asynchronous=True)["run"]
     assert [entry.days, entry.gpu_hours] == pytest.approx([run["days"], run["gpu_hours"]])
     assert entry.days
+
+
+def test_an_evaluations_hours_are_of_what_it_trains() -> None:
+    cluster = Cluster(1, 8, find_gpu("A100-80", None, None, None), Assumptions())
+    entries = {entry.recipe: entry for entry in catalogue(cluster) if entry.evaluation}
+    name = "finetune_mae_vit_base_800e"
+    flops = json.loads(COSTS.read_text())[name]["step"]["activations"]["flops"]
+    computing = 100 * 1_281_167 * flops / (312e12 * Assumptions().efficiency) / 3600
+    assert computing < (entries[name].gpu_hours or 0) < 1.2 * computing
+    per_epoch = {n: entry.gpu_hours / entry.epochs for n, entry in entries.items() if entry.gpu_hours}
+    assert 2.5 < per_epoch[name] / per_epoch["linear_mae_vit_base_800e"] < 3.2
+    assert 0 < (entries["knn_probe"].gpu_hours or 0) < 5
+    assert all(entry.gpu_hours or entry.refused for entry in entries.values())
 
 
 def test_a_recipe_that_a_cluster_refuses_says_why() -> None:

@@ -56,10 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("--seed", type=int, default=0, help="of the masks (default 0)")
     reconstruct.set_defaults(run=_reconstruct)
 
-    replay = commands.add_parser("replay", help="read a step's batch again: its sample keys, crops and masks")
+    replay = commands.add_parser("replay", help="read a step's batch again: its sample keys, crops, masks or labels")
     replay.add_argument("folder", type=Path, metavar="RUN", help="a run's folder, or a step-N of its bad_steps")
     replay.add_argument("--step", type=int, metavar="N", help="as in metrics.jsonl; the first is 1")
-    replay.add_argument("--out", type=Path, metavar="PNG", help="draw the crops and their masks")
+    replay.add_argument("--out", type=Path, metavar="PNG", help="draw the crops, masked or mixed")
     replay.add_argument("--save", type=Path, metavar="FILE.safetensors", help="write images, masks, labels and keys")
     replay.add_argument("--shards", metavar="FOLDER", help="where the run's shards are now, if they have moved")
     replay.set_defaults(run=_replay)
@@ -154,17 +154,11 @@ def _capacity(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from ummim.downstream.trained import is_evaluation, load_trained
+    from ummim.downstream.trained import load_any
     from ummim.interop.check import ExportFailed
     from ummim.interop.export import export
-    from ummim.interop.run import load_run
 
-    recipe: Any
-    model: Any
-    if is_evaluation(options.checkpoint):
-        recipe, model, checkpoint = load_trained(options.checkpoint)
-    else:
-        recipe, model, checkpoint = load_run(options.checkpoint)
+    recipe, model, checkpoint = load_any(options.checkpoint)
     try:
         path, line = export(recipe, model, checkpoint, options.out, options.format, options.model == "encoder")
     except ExportFailed as failure:

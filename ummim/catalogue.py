@@ -18,6 +18,7 @@ from ummim.downstream.recipe import ClassifyRecipe
 from ummim.errors import UserError
 from ummim.recipe import Recipe
 from ummim.recipe_file import PACKAGED, load_recipe, packaged_evaluations, packaged_recipes
+from ummim.run_config import RunConfig
 
 if TYPE_CHECKING:
     from ummim.capacity.report import Cluster
@@ -50,9 +51,11 @@ class Entry:
             published accuracy was reached by us.
         seen: version, commit and date of that; empty if planned.
         finetune: the evaluation that follows a pre-training.
-        forward_gmac: multiply-adds of a forward pass for one image, in thousands of millions.
-        of_full: the same, in those of the method that throws nothing.
-        days, gpu_hours: of the whole run on the cluster that was asked for.
+        forward_gmac: multiply-adds of a forward pass for one image, in thousands of millions; of an evaluation, of the
+            classifier at the recipe's image size.
+        of_full: the same, in those of the method that throws nothing; of a pre-training.
+        days, gpu_hours: of the whole run on the cluster that was asked for; of an evaluation, of its training alone
+            or, of nearest neighbours, of one forward pass of all images.
         refused: why it cannot run on that cluster.
     """
 
@@ -75,7 +78,7 @@ class Entry:
 
 
 def catalogue(cluster: "Cluster | None" = None) -> list[Entry]:
-    """All packaged recipes, pre-trainings first; with a cluster, what each pre-training takes on it.
+    """All packaged recipes, pre-trainings first; with a cluster, what each takes on it.
 
     Raises:
         UserError: a cluster that cannot be.
@@ -96,10 +99,13 @@ def catalogue(cluster: "Cluster | None" = None) -> list[Entry]:
                   throw_ratio=recipe.throw_ratio, **known, **values)
         )  # fmt: skip
     for evaluation in evaluations():
+        name, cost = evaluation.name, costs[evaluation.name]
         names = ", ".join(sorted({backbone(encoder) for encoder in encoders_of(evaluation)}))
+        values = {"forward_gmac": cost["forward_gmac"]}
+        values |= {} if cluster is None else on_cluster(evaluation, cost["step"], cluster)
         entries.append(
-            Entry(recipe=evaluation.name, evaluation=True, method=evaluation.classify.protocol, backbone=names,
-                  finetune="", throw_ratio=0.0, **_known(evaluation, status.get(evaluation.name, {})))
+            Entry(recipe=name, evaluation=True, method=evaluation.classify.protocol, backbone=names, finetune="",
+                  throw_ratio=0.0, **_known(evaluation, status.get(name, {})), **values)
         )  # fmt: skip
     return entries
 
@@ -152,20 +158,26 @@ def encoders_of(evaluation: ClassifyRecipe) -> list[Any]:
     return [recipe.method.encoder for recipe in fine_tuned(evaluation.name)]  # type: ignore[attr-defined]
 
 
-def on_cluster(recipe: Recipe, counted: Mapping[str, Any], cluster: "Cluster") -> dict[str, Any]:
-    """Days and GPU hours of a pre-training as ``ummim capacity`` has them, from what was counted of its step.
+def on_cluster(recipe: RunConfig, counted: Mapping[str, Any], cluster: "Cluster") -> dict[str, Any]:
+    """Days and GPU hours of a run as ``ummim capacity`` has them, from what was counted of its step.
 
     counted: ``step`` of its costs: sums of parameters by optimizer group, frozen ones, bytes of buffers, and the
-    activations of its own kind of checkpointing. Sums are all that time depends on at ZeRO stages 0 to 2.
+    activations of its own kind of checkpointing, of an evaluation without their bytes. Sums are all that time depends
+    on at ZeRO stages 0 to 2, and it does not depend on what activations take in memory.
     """
     from ummim.capacity.activations import Activations, counted_as
+    from ummim.capacity.evaluations import neighbours_on
+    from ummim.capacity.gpus import peak_flops
     from ummim.capacity.report import Model, run, step_of
     from ummim.capacity.strategy import Shapes
 
     shapes = Shapes(tuple((n,) for n in counted["groups"]), (counted["frozen"],), counted["buffers"])
     kind = counted_as(recipe.activation_checkpointing)
-    model = Model(recipe, shapes, 0, {kind: Activations(**counted["activations"])})
+    passes = {"saved": 0.0, "working": 0.0, "host": 0.0, **counted["activations"]}
+    model = Model(recipe, shapes, 0, {kind: Activations(**passes)})
     try:
+        if isinstance(recipe, ClassifyRecipe) and recipe.classify.protocol == "knn":
+            return neighbours_on(recipe, passes, peak_flops(cluster.gpu, recipe.precision), cluster)
         plan = recipe.plan(cluster.world_size, recipe.expected_samples)
         found = run(model, plan, step_of(model, plan, cluster), cluster, asynchronous=recipe.checkpoint_async)
     except UserError as error:

@@ -180,8 +180,7 @@ def meta_inputs(recipe: Recipe, attention: bool = True) -> tuple[Tensor, MaskPla
 
 def count_flops(method: Method, images: Tensor, plan: MaskPlan) -> tuple[int, int]:
     """FLOPs of a batch's forward pass, and of its forward and backward pass together."""
-    formulas: dict[Any, Any] = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
-    with SwapAttention(plain_attention), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    with SwapAttention(plain_attention), FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter:
         loss = method(images, plan).loss
         forward = counter.get_total_flops()
         loss.backward()
@@ -209,6 +208,9 @@ def _convolution_backward_flops(
     torch's own formula counts the weight's gradient ``groups`` times over.
     """
     return conv_flop_count(x, weight, grad, transposed) * sum(output_mask[:2])
+
+
+FLOP_FORMULAS: dict[Any, Any] = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
 
 
 def saved_bytes(method: Method, images: Tensor, plan: MaskPlan, attention: Callable[..., Tensor]) -> int:

@@ -14,10 +14,13 @@ NOTES = """\
 r: PR-MIM's throwing ratio. top-1: accuracy on ImageNet-1K that was published for the recipe; of a pre-training, after
 fine-tuning. status: planned; rehearsed: `ummim rehearse` took its shrunk form from shards to a classifier; reproduced:
 we reached the published accuracy. None was trained by us at full length. G-MAC: multiply-adds of a forward pass for
-one image, as `ummim cost` counts them; of full: beside throwing nothing."""
+one image, as `ummim cost` counts them, of an evaluation those of the classifier on whole images; of full: beside
+throwing nothing."""
 CLUSTER_NOTES = """\
 days and GPU hours on {nodes} x {per_node} {gpu}, failures and checkpoints included, at an assumed {efficiency:.0%} of
-the GPUs' peak: see `ummim capacity`, which also says whether a recipe fits and what else is assumed."""
+the GPUs' peak: see `ummim capacity`, which also says whether a recipe fits and what else is assumed. Of an evaluation:
+its training alone, the backward pass counted as far down as something is trained (full: three forward passes' worth;
+linear, attentive: little more than one), of knn one forward pass of ImageNet-1K's training and validation images."""
 
 
 class Column(NamedTuple):
@@ -52,6 +55,7 @@ BACKBONE = Column("backbone", lambda entry: entry.backbone)
 EPOCHS = Column("epochs", lambda entry: str(entry.epochs), True)
 TOP1 = Column("top-1", _top1, True)
 SOURCE = Column("published by", lambda entry: entry.source)
+GMAC = Column("G-MAC", lambda entry: f"{entry.forward_gmac:.2f}", True)
 PRE_TRAINING = (
     NAME,
     Column("method", lambda entry: entry.method),
@@ -61,7 +65,7 @@ PRE_TRAINING = (
     TOP1,
     SOURCE,
     Column("status", _status),
-    Column("G-MAC", lambda entry: f"{entry.forward_gmac:.2f}", True),
+    GMAC,
     Column("of full", _of_full, True),
 )
 COST = (
@@ -77,6 +81,7 @@ EVALUATION = (
     TOP1,
     SOURCE,
     Column("status", _status),
+    GMAC,
 )
 
 
@@ -154,7 +159,8 @@ def _tables(
     first = (*PRE_TRAINING, *(COST if cluster else ()), FINE_TUNED_BY)
     tables = [("Pre-trainings", first, [entry for entry in entries if not entry.evaluation])]
     evaluations = [entry for entry in entries if entry.evaluation]
-    return [*tables, ("Evaluations", EVALUATION, evaluations)] if evaluations else tables
+    second = (*EVALUATION, *(COST if cluster else ()))
+    return [*tables, ("Evaluations", second, evaluations)] if evaluations else tables
 
 
 def _about(entries: Sequence["Entry"], cluster: "Cluster | None") -> list[str]:

@@ -1,7 +1,8 @@
-"""Read a step's batch of a run again: its sample keys, crops and masks, wherever the same shards are.
+"""Read a step's batch of a run again: its sample keys, crops, masks or labels, wherever the same shards are.
 
 The order is a pure function of (seed, epoch, index), crop and mask of (seed, epoch, key), so neither the model nor the
-run's machines are needed. Samples that the run could not read, and replaced, are in its ``data_faults`` files.
+run's machines are needed. How a fine-tuning mixes images follows from seed, step and micro-batch. Samples that the run
+could not read, and replaced, are in its ``data_faults`` files.
 """
 
 import hashlib
@@ -20,18 +21,25 @@ from torch import Tensor
 from ummim.attention_maps import FOLDER, check_maps
 from ummim.data import Batch, Loader, ShardIndex
 from ummim.data.attention import AttentionMaps
+from ummim.data.augment_labelled import seeded
 from ummim.data.batch import PARTS
+from ummim.data.labelled import LabelledBatch, LabelledSamples
 from ummim.data.order import MicroBatches, Pick
 from ummim.data.samples import Samples
+from ummim.downstream.recipe import ClassifyConfig, ClassifyRecipe
+from ummim.downstream.task import mixing
 from ummim.errors import DataError, UserError
 from ummim.masking import AttentionSampler
 from ummim.recipe import Recipe
 from ummim.recipe_file import load_recipe
+from ummim.run_config import RunConfig
 from ummim.run_plan import RunPlan
 from ummim.visualize import KEPT, SECONDARY, THROWN, VISIBLE, save_figure
 
 SHEET = 4096  # most pixels from left to right of the contact sheet
 _GAP, _HEAD = 2, 24  # pixels between its cells, and above them
+PARTS_DRAWN = [("secondary", SECONDARY), ("kept", KEPT), ("thrown", THROWN)]
+AnyBatch = Batch | LabelledBatch
 
 
 @dataclass(frozen=True)
@@ -39,20 +47,20 @@ class Replay:
     """A step's global batch.
 
     Attributes:
-        recipe: the run's.
+        recipe: the run's, a pre-training's or an evaluation's that trains.
         plan: its batch arithmetic.
         index_digest: of the shards.
         step: optimizer step; the run's first is 1, as in metrics.jsonl.
         picks: what each rank read, in the order of the global batch: (micro-batch, rank, samples).
-        batches: their contents.
+        batches: their contents, ``Batch`` or, of an evaluation, ``LabelledBatch``.
     """
 
-    recipe: Recipe
+    recipe: Recipe | ClassifyRecipe
     plan: RunPlan
     index_digest: str
     step: int
     picks: list[tuple[int, int, list[Pick]]]
-    batches: list[Batch]
+    batches: list[Any]
 
     @property
     def epoch(self) -> int:
@@ -60,12 +68,11 @@ class Replay:
         return (self.step - 1) // self.plan.steps_per_epoch
 
     def digest(self) -> str:
-        """SHA-256 (hex) of each sample's pixels, visible, secondary, kept and thrown, one sample after the other: the
-        same for any ranks."""
+        """SHA-256 (hex) of each sample's pixels, visible, secondary, kept and thrown, or pixels and label, before they
+        are mixed, one sample after the other: the same for any ranks."""
         digest = hashlib.sha256()
         for batch in self.batches:
-            columns = [batch.images.numpy(), *(getattr(batch.plan, part).numpy() for part in PARTS)]
-            for sample in zip(*columns, strict=True):
+            for sample in zip(*(values.numpy() for values in columns(batch).values()), strict=True):
                 for values in sample:
                     digest.update(values.tobytes())
         return digest.hexdigest()
@@ -75,25 +82,19 @@ class Replay:
         in_epoch = (self.step - 1) % self.plan.steps_per_epoch + 1
         yield f"step {self.step}: epoch {self.epoch + 1}, step {in_epoch} of {self.plan.steps_per_epoch} in it"
         yield f"seed {self.recipe.seed}, {self.plan.global_batch} samples, world size {self.plan.world_size}"
-        yield "position  rank  micro-batch  key"
+        labelled = isinstance(self.recipe, ClassifyRecipe)
+        yield f"position  rank  micro-batch  {'label  ' * labelled}key"
         for (i, rank, picks), batch in zip(self.picks, self.batches, strict=True):
             bad = {fault.row: fault.key for fault in batch.faults}
-            for pick, key in zip(picks, batch.keys, strict=True):
+            for pick, key, label in zip(picks, batch.keys, batch.labels.tolist(), strict=True):
                 instead = f"  (in place of {bad[pick.row]})" if pick.row in bad else ""
-                yield f"{pick.position:8d}  {rank:4d}  {i:11d}  {key}{instead}"
-        yield f"sha256 of pixels and masks: {self.digest()}"
+                yield f"{pick.position:8d}  {rank:4d}  {i:11d}  {f'{label:5d}  ' * labelled}{key}{instead}"
+        yield f"sha256 of pixels and {'labels' if labelled else 'masks'}: {self.digest()}"
 
     def save(self, path: Path) -> None:
         """Write the batch as safetensors: images (B, 3, S, S) uint8, labels (B,), and the plan's visible, secondary,
-        kept and thrown; keys and the step's place in the run are in the file's metadata."""
-        plans = [batch.plan for batch in self.batches]
-        parts: dict[str, Any] = {part: torch.cat([getattr(plan, part) for plan in plans]) for part in PARTS}
-        joined = Batch(
-            torch.cat([batch.images for batch in self.batches]),
-            replace(plans[0], shared=None, **parts),
-            torch.cat([batch.labels for batch in self.batches]),
-            [key for batch in self.batches for key in batch.keys],
-        )
+        kept and thrown, if it has one; keys and the step's place in the run are in the file's metadata. Images of a
+        fine-tuning are not mixed yet: ``mixing`` there is the seed of that."""
         told: dict[str, Any] = {
             "step": self.step,
             "epoch": self.epoch,
@@ -101,27 +102,62 @@ class Replay:
             "shard_digest": self.index_digest,
             "digest": self.digest(),
         }
-        joined.save(path, told)
+        joined(self.batches).save(path, told)
 
     def draw(self, path: Path) -> None:
-        """Write a contact sheet: the crops in order, masked tokens tinted by what the plan makes of them."""
+        """Write a contact sheet: the crops in order, masked tokens tinted by what the plan makes of them; of a
+        fine-tuning, mixed as they were trained on."""
         count = sum(len(batch.keys) for batch in self.batches)
         columns = ceil(sqrt(count))
         side = min(self.recipe.data.image_size, SHEET // columns - _GAP)
         step = side + _GAP
         sheet = Image.new("RGB", (max(columns * step, 360) + _GAP, _HEAD + ceil(count / columns) * step), "white")
-        pictures = (cell for batch in self.batches for cell in tinted(batch))
+        pictures = (cell for batch in self.batches for cell in self._cells(batch))
         for i, picture in enumerate(pictures):
             small = picture.resize((side, side), Image.Resampling.BOX)
             sheet.paste(small, (_GAP + i % columns * step, _HEAD + i // columns * step))
         pen, font, x = ImageDraw.Draw(sheet), ImageFont.load_default(size=12), float(_GAP)
-        for text, colour in ((f"step {self.step}", None), ("secondary", SECONDARY), ("kept", KEPT), ("thrown", THROWN)):
+        parts = [] if isinstance(self.recipe, ClassifyRecipe) else PARTS_DRAWN
+        for text, colour in [(f"step {self.step}", None), *parts]:
             if colour:
                 pen.rectangle((x, 7, x + 10, 17), fill=colour)
                 x += 14
             pen.text((x, 4), text, fill="black", font=font)
             x += 16 + pen.textlength(text, font=font)
         save_figure(sheet, path)
+
+    def _cells(self, batch: AnyBatch) -> Iterator[Image.Image]:
+        if isinstance(batch, Batch):
+            return tinted(batch)
+        assert isinstance(self.recipe, ClassifyRecipe)
+        return mixed(batch, self.recipe.classify)
+
+
+def columns(batch: AnyBatch) -> dict[str, Tensor]:
+    """By name, what a batch's samples are made of: pixels, and the ids of their mask plans or their labels."""
+    if isinstance(batch, Batch):
+        return {"images": batch.images, **{part: getattr(batch.plan, part) for part in PARTS}}
+    return {"images": batch.images, "labels": batch.labels}
+
+
+def joined(batches: list[AnyBatch]) -> AnyBatch:
+    """The batches of one step as one."""
+    first, keys = batches[0], [key for batch in batches for key in batch.keys]
+    images, labels = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "labels"))
+    if isinstance(first, LabelledBatch):
+        return LabelledBatch(images, labels, keys, first.mixing)
+    parts: dict[str, Any] = {part: torch.cat([columns(batch)[part] for batch in batches]) for part in PARTS}
+    return Batch(images, replace(first.plan, shared=None, **parts), labels, keys)
+
+
+def mixed(batch: LabelledBatch, config: ClassifyConfig) -> Iterator[Image.Image]:
+    """The images of a micro-batch, mixed with each other as the step mixed them."""
+    images, mixer = batch.images.float(), mixing(config)
+    if mixer is not None:
+        with seeded(batch.mixing):
+            images, _ = mixer(images, batch.labels)
+    for image in images:
+        yield Image.fromarray(image.round().byte().permute(1, 2, 0).numpy())
 
 
 def tinted(batch: Batch) -> Iterator[Image.Image]:
@@ -145,12 +181,13 @@ def replay(run: Path, step: int, shards: str | None = None) -> Replay:
     ``shards``: where the shards are, if not where the recipe says.
 
     Raises:
-        UserError: no run there, no such step, or attention maps that the masks need and that are gone.
+        UserError: no run there, no such step, a k-NN evaluation, which has none, or attention maps that the masks need
+            and that are gone.
         DataError: other shards, or a sample that the run has read and that cannot be read here.
     """
     recipe, environment = _read_run(run)
     if shards is not None:
-        recipe = replace(recipe, data=replace(recipe.data, shards=shards, cache=None))
+        recipe = replace(recipe, data=replace(recipe.data, shards=shards, cache=None))  # type: ignore[arg-type]
     index = ShardIndex.open(recipe.data.shards, recipe.data.shard_cache())
     expected = environment["shard_digest"]
     if index.digest != expected:
@@ -172,10 +209,14 @@ def replay(run: Path, step: int, shards: str | None = None) -> Replay:
         for rank in range(plan.world_size)
     ]
     bad = _bad_rows(run, step)
-    attention = _attention_maps(run, step, recipe, plan, len(index))
-    samples = Samples(index, recipe.data, recipe.sampler(), recipe.seed, attention=attention, bad=bad, sparse=True)
+    samples: Samples | LabelledSamples
+    if isinstance(recipe, ClassifyRecipe):
+        samples = LabelledSamples(index, recipe.data, recipe.seed, plan.global_batch, bad, sparse=True)
+    else:
+        attention = _attention_maps(run, step, recipe, plan, len(index))
+        samples = Samples(index, recipe.data, recipe.sampler(), recipe.seed, attention=attention, bad=bad, sparse=True)
     workers = min(recipe.data.workers, os.cpu_count() or 1)
-    batches = list(Loader(samples, [each for _, _, each in picks], workers))
+    batches: list[Any] = list(Loader(samples, [each for _, _, each in picks], workers))
     for fault in (fault for batch in batches for fault in batch.faults if fault.row not in bad):
         raise DataError(
             f"{fault.shard}: key {fault.key!r} at byte {fault.byte}: {fault.reason}; the run has read it, so this "
@@ -184,11 +225,13 @@ def replay(run: Path, step: int, shards: str | None = None) -> Replay:
     return Replay(recipe, plan, index.digest, step, picks, batches)
 
 
-def _read_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
+def _read_run(run: Path) -> tuple[Recipe | ClassifyRecipe, dict[str, Any]]:
     for name in ("recipe.yaml", "environment.json"):
         if not (run / name).is_file():
             raise UserError(f"{run / name} is missing: give the folder of a run")
-    recipe = load_recipe(str(run / "recipe.yaml"))
+    recipe: Any = load_recipe(str(run / "recipe.yaml"), (), RunConfig)
+    if isinstance(recipe, ClassifyRecipe) and recipe.classify.protocol == "knn":
+        raise UserError(f"{run}: nearest neighbours are not trained, so there is no step to replay")
     try:
         environment = json.loads((run / "environment.json").read_text())
         return recipe, {name: kind(environment[name]) for name, kind in (("world_size", int), ("shard_digest", str))}

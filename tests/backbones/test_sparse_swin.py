@@ -173,9 +173,8 @@ def test_reentrant_checkpointing_of_the_blocks_changes_no_bit() -> None:
         assert plain.equal(again)
 
 
-def test_a_compiled_block_takes_any_mask() -> None:
+def test_a_compiled_block_takes_any_mask(fresh_compiler: None) -> None:
     """The whole forward is compiled anew for every mask, since its shapes follow it; a block is not."""
-    torch.compiler.reset()
     encoder, images, _ = job()
     plans = [job(seed=seed)[2] for seed in range(6)]
     eager = [encoder(images, plan) for plan in plans]
@@ -183,7 +182,6 @@ def test_a_compiled_block_takes_any_mask() -> None:
     with torch._dynamo.config.patch(recompile_limit=2):
         for plan, expected in zip(plans, eager, strict=True):
             torch.testing.assert_close(encoder(images, plan), expected)
-    torch.compiler.reset()
 
 
 def test_stochastic_depth_grows_linearly_and_rests_in_eval() -> None:

@@ -117,6 +117,20 @@ def test_offload_leaves_the_gpu_to_weights():
     assert state == StateBytes(MODEL.trainable * 2, 0, 0, 0, host=MODEL.trainable * 16 // 8)
 
 
+def test_a_disk_takes_the_state_and_time_and_leaves_buffers_on_the_host():
+    zero = {**CONFIG, "stage": 3, "sub_group_size": 10**6, "offload_optimizer": {"device": "nvme"}}
+    config = {"zero_optimization": zero, "data_types": {"grad_accum_dtype": "fp32"}}
+    model = Shapes(((1_000,) * 10, (4_000_000,) * 10), (), 0)
+    state = state_bytes(model, Strategy.of(config, "bf16"), 8)
+    assert (state.gradients, state.optimizer) == (0, 0)
+    assert state.disk == 5 * (12 * 3907 * 256 + 2 * 4 * 1953 * 256)  # five sub-groups of two parameters, 500,000 each
+    kept, locked = 16 * 1250 + 5 * 2 * 4 * (500_000 - 1953 * 256), 4 * 4 * 3907 * 256
+    assert state.host == model.trainable * 4 // 8 + kept + locked
+    gpu, assumed = GPUS["H100"], Assumptions(step_noise=0)
+    there, here = (step_time(IMAGE, PLAN, [], 1e9, 1, gpu, gpu.half_flops, assumed, on_disk=b) for b in (3e9, 0))
+    assert there.offload - here.offload == pytest.approx(2 * 3e9 * PLAN.world_size / 3e9)
+
+
 def test_slower_networks_and_more_nodes_cost_time():
     reduced = Collective("all-reduce", "step", 10**9, 1)
     gpu, assumed = GPUS["H100"], Assumptions()

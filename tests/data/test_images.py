@@ -7,13 +7,17 @@ from PIL import Image, UnidentifiedImageError
 
 from tests.data.pictures import encode, picture
 from ummim.data import images
-from ummim.data.images import decode, decode_pixels, open_image
+from ummim.data.images import Pixels, decode, open_image
 
 
 def pixels(data: bytes) -> np.ndarray:
     image = decode(data)
     assert image.mode == "RGB"
     return np.asarray(image)
+
+
+def decode_pixels(data: bytes) -> np.ndarray:
+    return Pixels(data).whole()
 
 
 def test_rgb_stays_as_it_is() -> None:

@@ -1,8 +1,8 @@
 """Run many evaluations, fine-tunings and probes, in one process group; rank 0 prints a JSON line for each.
 
 Arguments: a file with a JSON list of cases, each a list of a recipe file and ``key=value`` overrides. With
-``stop=N`` among them, the last rank gets a SIGTERM at its N-th batch of an evaluation. A line holds the exit code, the
-lines of metrics, and ``evaluation.json``.
+``stop=N`` among them, the last rank gets a SIGTERM at its N-th batch of an evaluation; ``delete=FILE`` removes a file
+before. A line holds the exit code, the lines of metrics, and ``evaluation.json``.
 """
 
 import gc
@@ -47,7 +47,12 @@ def main() -> None:
     gc.freeze()  # a million objects of the libraries, which each of DeepSpeed's collections would go through
     for recipe_file, *words in json.loads(Path(sys.argv[1]).read_text()):
         stop = [int(word.removeprefix("stop=")) for word in words if word.startswith("stop=")]
-        recipe = load_recipe(recipe_file, [word for word in words if not word.startswith("stop=")], ClassifyRecipe)
+        if world.is_main:
+            for word in words:
+                if word.startswith("delete="):
+                    Path(word.removeprefix("delete=")).unlink()
+        overrides = [word for word in words if not word.startswith(("stop=", "delete="))]
+        recipe = load_recipe(recipe_file, overrides, ClassifyRecipe)
         beat = stopping(stop[0]) if stop and world.rank == world.size - 1 else unwatched
         try:
             code = classify(recipe, world, beat)

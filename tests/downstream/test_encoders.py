@@ -100,7 +100,7 @@ def test_an_official_fine_tuned_file_and_its_head(tmp_path: Path) -> None:
     encoder, told = load_encoder(tmp_path / "tuned.pth", "um_mae_swin", img_size=64, window_size=8)
     assert encoder.config.window_size == 8  # type: ignore[union-attr]  # it has seen whole images already
     assert told["left"] == ["fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"]
-    with pytest.raises(UserError, match="is fine-tuned, which is read for mae_vit, .* only, not simmim_vit"):
+    with pytest.raises(UserError, match="tuned.pth: the checkpoint is no fine-tuned simmim_vit of these sizes"):
         load_encoder(tmp_path / "tuned.pth", "simmim_vit")
 
 
@@ -175,22 +175,21 @@ def test_mistakes_are_one_message(write_recipe, tmp_path: Path) -> None:
     run = make_run(write_recipe(TINY_MAE), tmp_path / "run")
     (tmp_path / "junk.pth").write_bytes(b"junk")
     save_file({"x": torch.zeros(1)}, tmp_path / "plain.safetensors")
-    save_file({"x": torch.zeros(1)}, tmp_path / "timm.safetensors", {"architecture": "vit"})
     save_file({"x": torch.zeros(1)}, tmp_path / "old.safetensors", {"ummim_recipe": "{}"})
     torch.save({"model": save_official(load_run(run)[1], "mae_vit")}, tmp_path / "mae.pth")
     for arguments, options, message in (
         (("nowhere",), {}, "nowhere: no such file or folder"),
         ((tmp_path,), {}, "no recipe|folder"),
+        ((tmp_path / "mae.pth",), {}, "read as a timm ViT: .*left-over keys: mask_token.*of an official file, name"),
         ((run, "mae_vit"), {}, "family = 'mae_vit' is for official files"),
         ((run,), {"num_heads": 3}, "num_heads: sizes go with the family"),
         ((run,), {"image_size": 30}, "run: data.image_size, for images of 30 pixels: .* patch size 8"),
-        ((tmp_path / "junk.pth",), {}, "family: say of which an official file is, one of mae_vit"),
+        ((tmp_path / "junk.pth",), {}, "junk.pth cannot be read as a checkpoint"),
         ((tmp_path / "junk.pth", "mae_vit"), {}, "junk.pth: .*cannot be read"),
         ((tmp_path / "mae.pth", "mae"), {}, "family = 'mae' is not supported; supported are: mae_vit"),
         ((tmp_path / "mae.pth", "simmim_vit"), {}, "no simmim_vit's encoder.*missing keys"),
         ((tmp_path / "mae.pth", "mae_vit"), {"windows": 3}, "mae_vit has no size windows"),
-        ((tmp_path / "plain.safetensors",), {}, "tells no recipe; give what `ummim export --format safetensors` wrote"),
-        ((tmp_path / "timm.safetensors",), {}, "is timm's"),
+        ((tmp_path / "plain.safetensors",), {}, "neither of ummim export nor .*name the family: one of mae_vit"),
         ((tmp_path / "old.safetensors",), {}, "hold no recipe of this version"),
     ):
         with pytest.raises(UserError, match=message):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ummim.downstream.evaluate import Accuracy, lacks_evaluation, rank_of_label, summed, write_evaluation
-from ummim.downstream.knn import Features, nearest, vote
+from ummim.downstream import knn
+from ummim.downstream.knn import Features, by_row, greatest, nearest, vote
 from ummim.downstream.recipe import ClassifyConfig
 from ummim.engine import zero
 
@@ -81,7 +82,7 @@ def test_votes_are_those_of_a_plain_loop(world: zero.World) -> None:
 def test_of_equally_near_images_the_first_rows_count(world: zero.World) -> None:
     same = torch.ones(6, 2) / 2**0.5
     train = Features(torch.tensor([5, 3, 4, 0, 2, 1]), torch.tensor([50, 30, 40, 0, 20, 10]), same, 0)
-    near, labels = nearest(same[:1], train, 3, world)
+    near, labels = nearest(same[:1], by_row(train), 3, world)
     assert labels.tolist() == [[0, 10, 20]]
     near, labels = nearest(same[:1], train, 8, world)  # more than there are
     assert labels.shape == (1, 8)
@@ -90,3 +91,19 @@ def test_of_equally_near_images_the_first_rows_count(world: zero.World) -> None:
 
 def test_an_interruption_ends_the_votes(world: zero.World) -> None:
     assert vote(features(9, 0), features(9, 1), ClassifyConfig(classes=6), world, lambda: 143) is None
+
+
+@pytest.mark.parametrize("part", [1, 7, 40, 1000])
+def test_the_greatest_are_those_of_a_stable_sort_however_the_bank_is_parted(
+    part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of small whole numbers: exact, and full of ties."""
+    monkeypatch.setattr(knn, "BANK", part)
+    generator = torch.Generator().manual_seed(0)
+    queries, bank = (torch.randint(-1, 2, (count, 3), generator=generator).float() for count in (50, 100))
+    for k in (1, 5, 60, 200):
+        values, places = greatest(queries, bank, k)
+        expected, order = (queries @ bank.T).sort(dim=1, descending=True, stable=True)
+        assert torch.equal(places, order[:, :k])
+        assert torch.equal(values, expected[:, :k])
+    assert [tuple(found.shape) for found in greatest(queries, bank[:0], 5)] == [(50, 0), (50, 0)]

@@ -1,13 +1,16 @@
 """Nearest neighbours on a side set while a pre-training runs: told in the metrics, felt nowhere."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests import forked
 from tests.conftest import ROOT, TINY_MAE, TINY_UM_MAE
+from tests.data_prep.web import served
 from tests.downstream.labelled import build_shards
 from ummim.errors import RecipeError
 from ummim.interop.run import load_run
@@ -49,11 +52,43 @@ def test_a_monitor_tells_the_accuracy_and_changes_no_bit(
     assert all((a == b).all() for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
-def test_shards_that_cannot_be_read_end_the_run_before_it_starts(sets: Path, write_recipe: Any, tmp_path: Path):
-    recipe = write_recipe(TINY_MAE, sets / "train")
-    ended = forked.run(["train.py", recipe, *watched(sets), f"monitor.val_shards={tmp_path}/nothing"], ROOT)
+def test_side_sets_behind_a_url_come_through_the_cache_and_tell_the_same(
+    sets: Path, write_recipe: Any, tmp_path: Path
+) -> None:
+    recipe, seen = write_recipe(TINY_MAE, sets / "train"), []
+    with served(sets) as url:
+        for name, place, more in (("near", str(sets), []), ("far", url, [f"data.cache={tmp_path}/cache"])):
+            side = [f"monitor.shards={place}/train", f"monitor.val_shards={place}/val", "epochs=2", "monitor.every=1"]
+            ended = forked.run(["train.py", recipe, f"output={tmp_path / name}", *side, *more], ROOT)
+            assert ended.returncode == 0, ended.stderr
+            seen.append([(line["step"], line["knn_top1"]) for line in lines(tmp_path / name) if "knn_top1" in line])
+    assert seen[0] == seen[1]
+    assert [step for step, _ in seen[0]] == [3, 6]
+    assert len(list((tmp_path / "cache").rglob("*.tar"))) == 10  # five shards of each
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("missing", "is no folder of shards"),
+        ("without shards", "index.json is missing"),
+        ("without samples", "holds no images"),
+    ],
+)
+def test_side_sets_that_hold_nothing_end_the_run_before_it_starts(
+    sets: Path, write_recipe: Any, tmp_path: Path, what: str, told: str
+) -> None:
+    recipe, place = write_recipe(TINY_MAE, sets / "train"), tmp_path / "side"
+    if what == "without shards":
+        place.mkdir()
+    elif what == "without samples":
+        shutil.copytree(sets / "val", place)
+        index = json.loads((place / "index.json").read_text())
+        (place / "index.json").write_text(json.dumps({**index, "shards": []}))
+        np.save(place / "index.npy", np.load(place / "index.npy")[:0])
+    ended = forked.run(["train.py", recipe, *watched(sets), f"monitor.val_shards={place}"], ROOT)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
-    assert "monitor.val_shards: " in ended.stderr and str(tmp_path / "nothing") in ended.stderr
+    assert f"monitor.val_shards: {place}" in ended.stderr and told in ended.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

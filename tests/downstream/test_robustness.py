@@ -24,6 +24,7 @@ from ummim.downstream.imagenet_variants import (
     subset_classes,
 )
 from ummim.downstream.robustness import (
+    ALONE,
     Counts,
     Reading,
     Subject,
@@ -32,6 +33,7 @@ from ummim.downstream.robustness import (
     count_set,
     measure,
     table,
+    total,
 )
 from ummim.engine.checkpoint import seal
 from ummim.errors import DataError, UserError
@@ -104,7 +106,7 @@ def test_counts_are_exact_and_ties_are_no_gift() -> None:
     pixels = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
     batches = [(pixels[:3], labels[:3]), (pixels[3:], labels[3:])]
     given = iter([logits[:3], logits[3:]])
-    found = count(lambda _: next(given), batches)
+    found = total(count(lambda _: next(given), batches), ALONE)
     assert found[:3] == (4, 1, 2)
     assert found.error == 0.75
     assert Counts(8, 6, 8, 0.0).error == 0.25

@@ -109,7 +109,7 @@ def test_without_mixing_labels_are_smoothed_and_accuracy_is_told() -> None:
     target = F.one_hot(batch().labels, 5) * 0.9 + 0.1 / 5
     expected = -(target * logits.log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(output.loss, expected)
-    assert output.metrics["train_top1"] == (logits.argmax(1) == batch().labels).float().mean()
+    assert output.metrics["train_top1"] == 100 * (logits.argmax(1) == batch().labels).float().mean()
 
 
 def test_partial_trains_the_last_blocks_norm_and_head() -> None:

@@ -9,7 +9,7 @@ import traceback
 from dataclasses import replace
 
 from tests.engine.toy import ToyPlan, ToyRecipe, build_toy, toy_batches
-from ummim.engine import zero
+from ummim.engine import zero, zero_state
 from ummim.engine.bad_steps import LossMean
 from ummim.engine.checkpoint_saver import Saver
 from ummim.engine.resume import restore
@@ -21,16 +21,17 @@ def train(case, world):
 
     With ``from``, a step folder, the first five are those of another run: weights, buffers and frozen parameters
     start out wrong on every rank, and what is restored is saved again at once, into ``OUTPUT-again``. ``scale``: the
-    loss scale that fp16 starts from.
+    loss scale that fp16 starts from. ``width``: of the toy. ``ema``: the decay of an average of the weights, which is
+    put in their place and taken out again at the end.
     """
     plan = ToyPlan(world_size=world.size, accumulation=4 // world.size)
-    keys = {name: value for name, value in case.items() if name not in ("from", "scale")}
+    keys = {name: value for name, value in case.items() if name not in ("from", "scale", "width", "ema")}
     recipe = ToyRecipe(checkpoint_every=5, keep_checkpoints=0, resume=case.get("from", "auto"), **keys)
-    task = build_toy(seed=world.rank if "from" in case else 0, dropout=0.0)
+    task = build_toy(seed=world.rank if "from" in case else 0, dropout=0.0, width=case.get("width", 32))
     if "from" in case:
         task.table.data.fill_(9.0)
         task.get_buffer("scale").fill_(9.0)
-    engine = zero.initialize(task, recipe, plan)
+    engine = zero.initialize(task, recipe, plan, case.get("ema", 0.0))
     if "scale" in case:
         scaler = getattr(engine.optimizer, "loss_scaler", None) or engine.optimizer.loss_scale_config
         scaler.cur_scale = case["scale"]
@@ -40,7 +41,13 @@ def train(case, world):
         again.save(state.step, LossMean())
         again.wait()
     fit(engine, toy_batches(plan, world.rank, state.step), recipe, plan, world, state)
+    found = [zero_state.full_state_dict(engine)]
+    if engine.average is not None:
+        with engine.average.in_place():
+            found.append(zero_state.full_state_dict(engine))
+        found.append(zero_state.full_state_dict(engine))
     engine.destroy()
+    return found
 
 
 def main():

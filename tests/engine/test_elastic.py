@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.conftest import losses, run
+from tests.engine.conftest import losses, run_ranks
 from tests.engine.elastic import train
 from ummim.engine import resume, zero
 from ummim.engine.checkpoint_shards import BUFFER, FROZEN, MASTER, Contents
@@ -67,8 +67,8 @@ def runs(world, tmp_path_factory):
             train(case, world)
 
     def launched(ranks, named):
-        job = run(ranks, "elastic", list(cases(named)))
-        assert job.returncode == 0, job.stderr[-3000:]
+        jobs = run_ranks(ranks, "elastic", list(cases(named)))
+        assert not any(job.returncode for job in jobs), [job.stderr[-3000:] for job in jobs]
 
     here(ONE_FIRST)
     launched(2, TWO)

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import types
+from itertools import product
 from typing import Any
 
 import pytest
@@ -130,7 +131,8 @@ def test_a_run_logs_the_contracts_numbers(world, tmp_path):
         assert {"loss", "lr", "peak_memory_mib", "spread"} <= line.keys()
 
 
-def test_every_step_and_rank_draws_its_own_noise():
-    seeds = {step_seed(seed, step, rank) for seed in range(5) for step in range(100) for rank in range(8)}
-    assert len(seeds) == 4000 and max(seeds) < 2**56
+def test_every_micro_batch_draws_its_own_noise():
+    numbers = product(range(5), range(100), range(8), range(3))  # seed, step, rank, micro-batch
+    seeds = {step_seed(*number) for number in numbers}
+    assert len(seeds) == 12000 and max(seeds) < 2**56
     assert step_seed(0, 7, 1) == step_seed(0, 7, 1)

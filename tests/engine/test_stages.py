@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.conftest import run
+from tests.engine.conftest import run_ranks
 from ummim.engine import zero
 
 FP32: list[dict[str, Any]] = [{"zero_stage": stage} for stage in range(4)]
@@ -46,9 +46,9 @@ def name(case):
 def results():
     """The outcome of every case, by its values: losses, gradient norms, sums of the consolidated weights."""
     cases = FP32 + CHECKPOINTED + HALF + RESUMED + REDUCED + OFFLOADED
-    job = run(2, "stages", cases)
-    assert job.returncode == 0, job.stderr
-    lines = [json.loads(line) for line in job.stdout.splitlines() if line.startswith("{")]
+    jobs = run_ranks(2, "stages", cases)
+    assert not any(job.returncode for job in jobs), [job.stderr[-3000:] for job in jobs]
+    lines = [json.loads(line) for line in jobs[0].stdout.splitlines() if line.startswith("{")]
     return {name(case): line for case, line in zip(cases, lines, strict=True)}
 
 

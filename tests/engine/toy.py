@@ -81,14 +81,14 @@ class ToyBatch:
 class ToyTask(nn.Module):
     """Reconstruct an image from its ViT tokens; with dropout, drop-path, a frozen table and a buffer."""
 
-    def __init__(self, dropout: float = 0.1, weight: float = 1.0) -> None:
+    def __init__(self, dropout: float = 0.1, weight: float = 1.0, width: int = 32) -> None:
         super().__init__()
         self.vit = VisionTransformer(
-            img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0,
+            img_size=16, patch_size=8, embed_dim=width, depth=2, num_heads=2, num_classes=0,
             drop_rate=dropout, drop_path_rate=dropout,
         )  # fmt: skip
-        self.head = nn.Linear(32, 192)
-        self.table = nn.Parameter(torch.linspace(0.1, 0.7, 32), requires_grad=False)
+        self.head = nn.Linear(width, 192)
+        self.table = nn.Parameter(torch.linspace(0.1, 0.7, width), requires_grad=False)
         self.register_buffer("scale", torch.tensor(1.25))
         self.weight = weight
 
@@ -96,7 +96,7 @@ class ToyTask(nn.Module):
         return list(self.vit.blocks)
 
     def forward(self, batch: ToyBatch) -> TaskOutput:
-        tokens = self.vit.forward_features(batch.images.to(self.head.weight.dtype)) + self.table  # (B, 5, 32)
+        tokens = self.vit.forward_features(batch.images.to(self.head.weight.dtype)) + self.table  # (B, 5, width)
         prediction = self.head(tokens[:, 1:]).float()  # (B, 4, 192)
         target = batch.images.unfold(2, 8, 8).unfold(3, 8, 8).reshape(len(batch.images), 4, 192)
         loss = ((prediction - target) ** 2).mean() * self.scale * self.weight

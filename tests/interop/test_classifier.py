@@ -140,7 +140,7 @@ def test_every_tensor_is_accounted_for(family: str) -> None:
         ("um_mae_pvt", {}, 7, {"sr_ratios": (3, 4, 2, 1)}, "sr_ratios: squares of 3 do not divide the 16x16"),
         ("um_mae_pvt", {}, 7, {"img_size": 128}, r"pos_embed \(1, 256, 8\) instead of \(1, 1024, 8\)"),
         ("mae_vit", {}, 7, {"decoder_depth": 8}, "mae_vit has no size decoder_depth"),
-        ("simmim_vit", {}, 7, {}, "has no classifier; those that have one are: mae_vit, um_mae_vit"),
+        ("tec_vit", {}, 7, {}, "has no classifier; those that have one are: mae_vit, um_mae_vit"),
     ],
 )
 def test_keys_and_sizes_that_do_not_fit_are_named(

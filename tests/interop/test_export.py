@@ -110,8 +110,7 @@ def test_numbers_that_do_not_agree_leave_no_file(
     with pytest.raises(ExportFailed, match="was not written.*NOT equal"):
         export(recipe, method, run, tmp_path / "out" / "a.safetensors", "timm")
     assert list((tmp_path / "out").iterdir()) == []
-    monkeypatch.setattr("ummim.interop.run.load_run", lambda path: (recipe, method, run))
-    monkeypatch.setattr("ummim.downstream.trained.is_evaluation", lambda path: False)
+    monkeypatch.setattr("ummim.downstream.trained.load_any", lambda path: (recipe, method, run))
     assert main(["export", str(run), str(tmp_path / "out" / "a.safetensors"), "--format", "timm"]) == 1
     printed = capsys.readouterr().err
     assert printed.startswith("ummim: error: ") and "Traceback" not in printed

@@ -20,7 +20,6 @@ from ummim.backbones.table_swin import TableSwinConfig
 from ummim.data.config import LabelledDataConfig
 from ummim.data.normalise import normalise
 from ummim.downstream.classify import build_classifier
-from ummim.downstream.probe import Probe
 from ummim.downstream.recipe import ClassifyConfig, ClassifyRecipe
 from ummim.engine.checkpoint import seal
 from ummim.errors import UserError
@@ -153,14 +152,10 @@ def test_a_classifier_has_equal_logits(name: str, pool: Any, kind: str, tmp_path
                 module.eps = 1e-6
     assert_equal(model(images).logits, classifier(images))
     assert verify(path)[0]
-    with pytest.raises(UserError, match="--format huggingface only"):
-        export(evaluation, classifier, CHECKPOINT, tmp_path / "tuned.safetensors", "timm")
-    with pytest.raises(UserError, match="a probe is a head"):
-        export(evaluation, Probe(classifier, 5, False), CHECKPOINT, tmp_path / "probe", "huggingface")  # type: ignore[arg-type]
 
 
 @torch.no_grad()
-def test_a_fine_tuned_run_is_exported_from_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fine_tuned_run_is_exported_from_its_folder(tmp_path: Path) -> None:
     recipe, method = tiny("mae")
     config = ClassifyConfig(weights="w", encoder=method.encoder.config, classes=5, val_shards="v")  # type: ignore[arg-type]
     data = LabelledDataConfig(shards="nowhere", image_size=24)
@@ -174,8 +169,6 @@ def test_a_fine_tuned_run_is_exported_from_its_folder(tmp_path: Path, capsys: py
     model, images = load(tmp_path / "out", "BeitForImageClassification"), images_of(recipe)
     assert_equal(model(images).logits, classifier(images))
     assert model.config.id2label == {label: str(label) for label in range(5)}
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out.safetensors")]) == 2
-    assert "--format huggingface only" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["um_mae", "um_mae_pvt", "simmim_um_swin", "simmim_pvt"])

@@ -1,5 +1,6 @@
 """Weights to start from: every format of ours and of others into a recipe's model, or one clear message."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,11 @@ def test_a_misfit_names_the_key_and_both_shapes(tmp_path: Path) -> None:
     tensors = load_file(path)
     tensors["blocks.0.mlp.fc1.bias"] = torch.zeros(7)
     save_file(tensors, tmp_path / "misfit.safetensors")
-    with pytest.raises(UserError, match=r"misfit.*encoder\.blocks\.0\.mlp\.fc1\.bias is \(7,\) there and \(96,\)"):
+    with pytest.raises(UserError, match=r"misfit.*mis-shaped keys: blocks.0.mlp.fc1.bias \(7,\) instead of \(96,\)"):
         load_init(method, tmp_path / "misfit.safetensors")
+    wider, _ = tiny("mae", encoder=replace(recipe.method.encoder, mlp_ratio=2.0))  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"blocks.0.mlp.fc1.weight is \(96, 24\) there and \(48, 24\) in this"):
+        load_init(build(wider), path)
     assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())  # nothing was copied
 
 
@@ -146,11 +150,11 @@ def test_what_cannot_be_a_start_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for file, family, part in (
         (path, None, "has no block of this recipe's ViT"),
-        (path, "nonsense", "family 'nonsense' is not supported; supported are: mae_vit"),
+        (path, "nonsense", "family = 'nonsense' is not supported; supported are: mae_vit"),
         (tmp_path / "nowhere.pth", None, "no such file or folder"),
         (tmp_path / "junk.safetensors", None, "cannot be read as safetensors"),
         (tmp_path / "text.pth", None, "cannot be read as a checkpoint"),
-        (tmp_path / "strange.safetensors", None, "of an official file, name the family"),
+        (tmp_path / "strange.safetensors", None, "it holds a); of an official file, name the family"),
         (tmp_path / "bert", None, "model_type = 'bert': can be read are vit_mae, vit, beit, swin"),
         (tmp_path / "broken", None, "is no JSON"),
         (tmp_path / "empty", None, "give a run's folder"),

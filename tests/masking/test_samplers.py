@@ -173,6 +173,26 @@ def test_a_plan_depends_on_its_seed_alone() -> None:
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("config", "throw"),
+    [
+        (MaskConfig(), 0.0),
+        (MaskConfig(), 0.5),
+        (UNIFORM, 0.5),
+        (MaskConfig(unit=2, throw_unit=2, ratio=0.6), 0.25),
+        (MaskConfig(shared_by=4), 0.0),
+    ],
+)
+def test_a_batch_has_the_plans_of_its_samples(config: MaskConfig, throw: float) -> None:
+    sampler = PlanSampler((8, 12), config, throw)
+    seeds = [0, 2**64 - 1, 5, 5, *(sample_seed(0, 0, str(i)) for i in range(9))]
+    found, expected = sampler.batch(seeds), sampler.stack([sampler(seed) for seed in seeds])
+    for part in ("visible", "secondary", "kept", "thrown"):
+        assert getattr(found, part).dtype == getattr(expected, part).dtype
+        assert getattr(found, part).equal(getattr(expected, part))
+    assert (found.grid, found.compact, found.shared) == (expected.grid, expected.compact, expected.shared)
+
+
 def test_seed_epoch_and_key_each_change_the_plan() -> None:
     sampler = PlanSampler((14, 14), MaskConfig())
     seeds = [sample_seed(0, 0, "a"), sample_seed(1, 0, "a"), sample_seed(0, 1, "a"), sample_seed(0, 0, "b")]

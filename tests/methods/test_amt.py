@@ -111,15 +111,13 @@ def test_thrown_tokens_are_in_no_sequence() -> None:
 
 
 @pytest.mark.parametrize("name", ["mae", "simmim", "simmim, relative positions too"])
-def test_the_forward_is_one_graph_for_every_plan(name: str) -> None:
+def test_the_forward_is_one_graph_for_every_plan(name: str, fresh_compiler: None) -> None:
     model, images = job(CONFIGS[name])
-    torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in (0, 4):
             plan = plan_for(CONFIGS[name], seed)
             torch.testing.assert_close(compiled(images, plan).loss, model(images, plan).loss)
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("name", ["mae", "simmim", "simmim, relative positions too"])

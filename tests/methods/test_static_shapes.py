@@ -1,6 +1,5 @@
 """The forward has static shapes and never looks at data: one graph, and no synchronisation with the device."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,13 +30,6 @@ def job(
     sampler = PlanSampler(config.mask_grid(size), METHODS[name].mask, throw)
     plans = [sampler.stack([sampler(seed) for seed in (i, i + 1)]) for i in (0, 5)]
     return model, torch.randn(2, 3, size, size), plans
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize(("name", "throw"), CASES)

@@ -65,6 +65,7 @@ class Assumptions:
         link_efficiency: share of the links' and the network's bandwidth that a collective reaches.
         link_microseconds, network_microseconds: a message's latency within a node and between nodes.
         pcie_gbytes: GB/s between a GPU and its host, of an offload.
+        disk_gbytes: GB/s of a node's local disk, which optimizer state on NVMe is read from and written to.
         context_gib: CUDA context, NCCL's buffers, cuBLAS's workspaces.
         fragmentation: share of activations that the allocator loses on top.
         loader_images: images/s of a data worker (docs/data.md: a core of the machine that was measured).
@@ -84,6 +85,7 @@ class Assumptions:
     link_microseconds: float = 3.0
     network_microseconds: float = 10.0
     pcie_gbytes: float = 20.0
+    disk_gbytes: float = 3.0
     context_gib: float = 2.0
     fragmentation: float = 0.05
     loader_images: float = 780.0

@@ -21,6 +21,7 @@ class Memory:
         micro_batch: images.
         available: bytes of the GPU.
         host: bytes of host memory, of offloads.
+        disk: bytes of a local disk, of optimizer state there.
     """
 
     fixed: dict[str, float]
@@ -29,6 +30,7 @@ class Memory:
     micro_batch: int
     available: float
     host: float
+    disk: float
 
     @property
     def components(self) -> dict[str, float]:
@@ -91,6 +93,7 @@ def rank_memory(
         micro_batch=micro_batch,
         available=available,
         host=states.host + activations.host * micro_batch,
+        disk=states.disk,
     )
 
 

@@ -16,6 +16,7 @@ from ummim.capacity.throughput import StepTime, step_time
 from ummim.cost import build_on_meta
 from ummim.errors import RecipeError, UserError
 from ummim.recipe import Recipe
+from ummim.run_config import RunConfig
 from ummim.run_plan import RunPlan
 
 STATE_BYTES = 12  # of a trained weight in a checkpoint: itself and AdamW's moments, in float32
@@ -25,7 +26,7 @@ STATE_BYTES = 12  # of a trained weight in a checkpoint: itself and AdamW's mome
 class Model:
     """What is counted of a recipe once, whatever the cluster."""
 
-    recipe: Recipe
+    recipe: RunConfig
     shapes: Shapes
     largest: int
     activations: dict[str, Activations]
@@ -94,6 +95,7 @@ def report(
             "available": memory.available,
             "fits": memory.fits,
             "host": memory.host,
+            "disk": memory.disk,
         },
         "largest_micro_batch": largest,
         "advice": advice(recipe, plan, memory, largest),
@@ -169,12 +171,13 @@ def _collectives(model: Model, plan: RunPlan, cluster: Cluster) -> list[Any]:
 def step_of(model: Model, plan: RunPlan, cluster: Cluster) -> StepTime:
     """Time of the recipe's optimizer step."""
     recipe, strategy = model.recipe, strategy_of(model.recipe, plan)
-    on_host = state_bytes(model.shapes, strategy, plan.world_size).host if strategy.offload_optimizer else 0
+    states = state_bytes(model.shapes, strategy, plan.world_size)
     return step_time(
         activations=model.activations[counted_as(recipe.activation_checkpointing)],
         plan=plan,
         found=_collectives(model, plan, cluster),
-        offloaded=on_host,
+        offloaded=(states.disk or states.host) if strategy.offload_optimizer else 0,
+        on_disk=states.disk,
         nodes=cluster.nodes,
         gpu=cluster.gpu,
         peak=peak_flops(cluster.gpu, recipe.precision),

@@ -20,7 +20,8 @@ class StateBytes:
         gradients: between two micro-batches of a step; with stage 1 there are fewer after the last one.
         optimizer: AdamW's moments, and the copy of the weights that it updates.
         buffers: fixed tables and a frozen teacher, whole on every rank.
-        host: weights, gradients and optimizer state that wait in host memory or on NVMe.
+        host: weights, gradients and optimizer state that wait in host memory, and buffers that swap files pass through.
+        disk: optimizer state and gradients in swap files.
     """
 
     weights: int
@@ -28,6 +29,7 @@ class StateBytes:
     optimizer: int
     buffers: int
     host: int = 0
+    disk: int = 0
 
     @property
     def total(self) -> int:
@@ -68,12 +70,15 @@ def _stage_3(shapes: Shapes, strategy: Strategy, world_size: int) -> StateBytes:
     frozen = sum(-(-numel // world_size) for numel in shapes.frozen)
     parts = (share + frozen) * strategy.weight
     whole = persistent_elements(shapes, strategy) * strategy.weight if world_size > 1 else 0
-    gradients, optimizer, host = share * strategy.accumulate, share * 12, 0
-    if strategy.offload_optimizer:
+    gradients, optimizer, host, disk = share * strategy.accumulate, share * 12, 0, 0
+    if strategy.swapping is not None:
+        swapped = strategy.swapping.bytes([-(-numel // world_size) for numel in group] for group in shapes.groups)
+        host, gradients, optimizer, disk = gradients + swapped.kept + swapped.locked, 0, 0, swapped.files
+    elif strategy.offload_optimizer:
         host, gradients, optimizer = gradients + optimizer, 0, 0
     if strategy.offload_weights:
         host, parts = host + parts, 0
-    return StateBytes(parts + whole, gradients, optimizer, shapes.buffers, host)
+    return StateBytes(parts + whole, gradients, optimizer, shapes.buffers, host, disk)
 
 
 def persistent_elements(shapes: Shapes, strategy: Strategy) -> int:

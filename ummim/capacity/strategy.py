@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from ummim.engine.nvme import Swapping
 from ummim.engine.optim import parameter_groups
 from ummim.engine.zero import deepspeed_config
 
@@ -69,7 +70,8 @@ class Strategy:
         reduce_bucket, prefetch_bucket: sizes of those buckets, and of what stage 3 gathers ahead.
         persistent: stage 3 keeps parameters of up to this many elements whole on every rank.
         reuse: stage 3 keeps gathered what it needs again within this many elements of parameters.
-        offload_optimizer, offload_weights: to host memory or NVMe.
+        offload_optimizer, offload_weights: to host memory, the optimizer state also to a disk.
+        swapping: how, if it is on a disk.
     """
 
     stage: int
@@ -86,6 +88,7 @@ class Strategy:
     reuse: int
     offload_optimizer: bool
     offload_weights: bool
+    swapping: Swapping | None
 
     @classmethod
     def of(cls, config: dict[str, Any], precision: str) -> Strategy:
@@ -115,6 +118,7 @@ class Strategy:
             reuse=int(zero.get("stage3_max_reuse_distance", 1e9)),
             offload_optimizer=offloaded("offload_optimizer"),
             offload_weights=offloaded("offload_param"),
+            swapping=Swapping.of(config),
         )
 
 

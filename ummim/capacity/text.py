@@ -45,6 +45,8 @@ def _memory(values: dict[str, Any]) -> list[str]:
     lines = ["Memory of a rank, GiB", *_table(rows), f"at its worst {total:.2f} of {available:.2f}: {fits}"]
     if memory["host"]:
         lines.append(f"and {memory['host'] / GIB:.2f} GiB of host memory for each rank")
+    if memory["disk"]:
+        lines.append(f"and {memory['disk'] / GIB:.2f} GiB of its host's local disk")
     return lines + [f"- {advice}" for advice in values["advice"]]
 
 

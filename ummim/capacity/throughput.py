@@ -22,7 +22,7 @@ class StepTime:
         compute: forward and backward passes, with recomputation.
         communication: all collectives, hidden or not.
         exposed: the part of them that computation does not hide.
-        offload: to and from host memory, and AdamW there.
+        offload: to and from host memory or a disk, and AdamW there.
         straggling: waiting for the slowest rank.
         global_batch: images of the step.
     """
@@ -53,13 +53,14 @@ def step_time(
     gpu: Gpu,
     peak: float,
     assumed: Assumptions,
+    on_disk: float = 0,
 ) -> StepTime:
     """Model of a step.
 
     A pass takes its FLOPs at ``assumed.efficiency`` of ``peak``, and no less than its operators take to launch. What
     overlaps is hidden behind its own pass, but for the last call, which has nothing left to hide behind; the rest is
     waited for. Input and output outside the collectives, and the optimizer step on a GPU (some milliseconds), are left
-    out. ``offloaded``: bytes of optimizer state on the host for each rank.
+    out. ``offloaded``: bytes of optimizer state on the host for each rank; ``on_disk``: bytes of its swap files.
     """
     per_node = plan.world_size // nodes
     flops = activations.flops * plan.micro_batch / (peak * assumed.efficiency)
@@ -81,6 +82,7 @@ def step_time(
         exposed += max(beside - length, last) * times
     busy = one * plan.accumulation + exposed
     offload = _offload(activations, plan, offloaded, per_node, assumed)
+    offload += 2 * on_disk * per_node / (assumed.disk_gbytes * 1e9)  # written and read
     straggling = (busy + offload) * assumed.step_noise * expected_maximum(plan.world_size)
     return StepTime(one * plan.accumulation, total, exposed, offload, straggling, plan.global_batch)
 

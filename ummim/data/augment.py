@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode, v2
 
 from ummim.data.config import DataConfig
-from ummim.data.images import decode, decode_pixels
+from ummim.data.images import Pixels, decode
 
 View = Literal["random", "centre", "whole"]
 
@@ -79,7 +79,11 @@ class Augment:
 
     def located_view(self, data: bytes, seed: int) -> tuple[Tensor, Box]:
         """The random view, and where it lies in the image; see ``view``."""
-        return self._random(decode_pixels(data), seed)
+        pixels = Pixels(data)
+        if self.config.crop == "padded":
+            return self._padded(pixels.whole(), seed)
+        place = self._place(pixels.width, pixels.height, seed)
+        return self._resized(pixels.part(*place[0]), (pixels.width, pixels.height), *place)
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
         """Random crop and flip of an RGB image, a pure function of image and ``seed``."""
@@ -87,24 +91,28 @@ class Augment:
 
     def located(self, image: Image.Image, seed: int) -> tuple[Tensor, Box]:
         """The view that ``self(image, seed)`` is, and where it lies."""
-        return self._random(np.array(image), seed)
+        pixels = np.array(image)
+        if self.config.crop == "padded":
+            return self._padded(pixels, seed)
+        place = (left, top, w, h), _ = self._place(image.width, image.height, seed)
+        return self._resized(pixels[top : top + h, left : left + w], image.size, *place)
 
-    def _random(self, pixels: np.ndarray, seed: int) -> tuple[Tensor, Box]:
+    def _place(self, width: int, height: int, seed: int) -> tuple[tuple[int, int, int, int], bool]:
+        """(left, top, width, height) of a random crop of an image of that size, and whether it is flipped."""
         rng = random.Random(seed)
-        crop = self._padded if self.config.crop == "padded" else self._resized
-        view, box = crop(pixels, rng)
-        if rng.random() < self.config.hflip:
-            view, box = view.flip(-1), box._replace(left=box.right, right=box.left)
-        return view, box
+        crop = draw_crop(rng, width, height, self.config.crop_scale, self.config.crop_ratio)
+        return crop, rng.random() < self.config.hflip
 
-    def _resized(self, pixels: np.ndarray, rng: random.Random) -> tuple[Tensor, Box]:
-        (height, width, _), size = pixels.shape, self.config.image_size
-        left, top, w, h = draw_crop(rng, width, height, self.config.crop_scale, self.config.crop_ratio)
-        view = resize(pixels[top : top + h, left : left + w], (size, size), self.config.interpolation)
-        return view, Box(left / width, top / height, (left + w) / width, (top + h) / height)
+    def _resized(
+        self, pixels: np.ndarray, image: tuple[int, int], crop: tuple[int, int, int, int], flipped: bool
+    ) -> tuple[Tensor, Box]:
+        """The view that is made of a crop's pixels (h, w, 3), and where it lies in an image of that (width, height)."""
+        (left, top, w, h), (width, height), size = crop, image, self.config.image_size
+        view = resize(pixels, (size, size), self.config.interpolation)
+        return _turned(view, Box(left / width, top / height, (left + w) / width, (top + h) / height), flipped)
 
-    def _padded(self, pixels: np.ndarray, rng: random.Random) -> tuple[Tensor, Box]:
-        (height, width, _), size = pixels.shape, self.config.image_size
+    def _padded(self, pixels: np.ndarray, seed: int) -> tuple[Tensor, Box]:
+        (height, width, _), size, rng = pixels.shape, self.config.image_size, random.Random(seed)
         short = min(height, width)
         h, w = size * height // short, size * width // short
         resized = resize(pixels, (h, w), self.config.interpolation).permute(1, 2, 0).numpy()
@@ -112,7 +120,12 @@ class Augment:
         top, left = (_below(rng, side + 2 * PADDING - size + 1) for side in (h, w))
         view = torch.from_numpy(padded[top : top + size, left : left + size]).permute(2, 0, 1)
         left, top = left - PADDING, top - PADDING
-        return view, Box(left / w, top / h, (left + size) / w, (top + size) / h)
+        box = Box(left / w, top / h, (left + size) / w, (top + size) / h)
+        return _turned(view, box, rng.random() < self.config.hflip)
+
+
+def _turned(view: Tensor, box: Box, flipped: bool) -> tuple[Tensor, Box]:
+    return (view.flip(-1), box._replace(left=box.right, right=box.left)) if flipped else (view, box)
 
 
 def draw_crop(
@@ -138,6 +151,7 @@ def draw_crop(
 
 def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> Tensor:
     """(H, W, 3) uint8 -> (3, h, w) uint8, channels last: antialiased, as Pillow does it."""
+    pixels = np.ascontiguousarray(pixels)  # faster here than in torch, which would do it too
     image = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)  # numpy's [None] would hide the memory's layout
     return F.interpolate(image, size, mode=interpolation, antialias=True)[0]
 

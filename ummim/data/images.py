@@ -9,8 +9,8 @@
   other programs (EPS).
 
 Upright JPEGs in grey or YCbCr, which is nearly all of them, do not go through Pillow: libjpeg-turbo, which Pillow
-calls too, decodes them straight into an array in two thirds of the time, to the same pixels. What it finds fault
-with, it leaves to Pillow.
+calls too, decodes them straight into an array in two thirds of the time, to the same pixels; of a crop, where it can,
+only that. What it finds fault with, it leaves to Pillow.
 """
 
 import io
@@ -28,6 +28,8 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
+
+from ummim.data.turbojpeg import turbojpeg
 
 try:
     from PIL.AvifImagePlugin import AvifImageFile
@@ -88,22 +90,48 @@ def decode(data: bytes) -> Image.Image:
         raise ValueError(reason(error)) from None
 
 
-def decode_pixels(data: bytes) -> np.ndarray:
-    """(H, W, 3) uint8: the pixels of ``decode(data)``, faster. Raises ``ValueError`` where it does."""
-    pixels = _plain_jpeg(data)
-    return np.array(decode(data)) if pixels is None else pixels
+class Pixels:
+    """The pixels of ``decode(data)``, and parts of them, faster. Its size is known before they are decoded.
+
+    Here and in its methods, ``ValueError`` is raised where ``decode`` does.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._data, size = data, _plain_jpeg_size(data)
+        self._decoded: np.ndarray | None = None  # (H, W, 3)
+        if size is None:
+            self._decoded = np.array(decode(data))
+            size = self._decoded.shape[0], self._decoded.shape[1]
+        self.height, self.width = size
+
+    def whole(self) -> np.ndarray:
+        """(H, W, 3) uint8."""
+        if self._decoded is None:
+            try:
+                self._decoded = simplejpeg.decode_jpeg(self._data)
+            except ValueError:
+                self._decoded = np.array(decode(self._data))
+                if self._decoded.shape[:2] != (self.height, self.width):
+                    raise ValueError("its header tells two sizes") from None
+        return self._decoded
+
+    def part(self, left: int, top: int, width: int, height: int) -> np.ndarray:
+        """(height, width, 3) uint8: a rectangle that lies in the picture."""
+        turbo = turbojpeg() if self._decoded is None else None
+        pixels = None if turbo is None else turbo.part(self._data, left, top, width, height)
+        return self.whole()[top : top + height, left : left + width] if pixels is None else pixels
 
 
-def _plain_jpeg(data: bytes) -> np.ndarray | None:
-    """(H, W, 3) uint8, or None where Pillow has to decide what the bytes are, or what is wrong with them."""
+def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG without oddities, or None where Pillow has to decide what the bytes are."""
     if not data.startswith(START):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        plain = colours in ("YCbCr", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or np.inf)
-        return simplejpeg.decode_jpeg(data) if plain and _is_upright(data) else None
     except ValueError:
         return None
+    plain = colours in ("YCbCr", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or np.inf)
+    return (height, width) if plain and _is_upright(data) else None
 
 
 def _is_upright(data: bytes) -> bool:

@@ -1,6 +1,6 @@
 """Labelled images, without masks: a rank's batches for training and for evaluation."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ummim.data.augment_labelled import LabelledAugment
-from ummim.data.batch import write_tensors
+from ummim.data.batch import read_tensors, write_tensors
 from ummim.data.config import DataConfig, LabelledDataConfig
 from ummim.data.faults import Fault
 from ummim.data.loader import BatchPlan, Loader, training_loader
@@ -53,15 +53,41 @@ class LabelledBatch:
         tensors = {"images": self.images, "labels": self.labels}
         write_tensors(path, tensors, {**told, "keys": self.keys, "mixing": self.mixing})
 
+    @staticmethod
+    def load(path: Path) -> "tuple[LabelledBatch, dict[str, Any]]":
+        """A batch that ``save`` wrote, and its metadata.
+
+        Raises:
+            OSError, SafetensorError: the file cannot be read.
+            KeyError, ValueError: it is not such a file.
+        """
+        tensors, told = read_tensors(path, ("images", "labels"))
+        return LabelledBatch(tensors["images"], tensors["labels"], told["keys"], told["mixing"]), told
+
 
 class LabelledSamples(Dataset):
-    """Samples by pick. Training views follow from (seed, epoch, key); an evaluation's from the image alone."""
+    """Samples by pick. Training views follow from (seed, epoch, key); an evaluation's from the image alone.
 
-    def __init__(self, index: ShardIndex, data: LabelledDataConfig, seed: int, global_batch: int | None) -> None:
-        """``global_batch``: images of an optimizer step; None: for evaluation."""
+    Args:
+        index: the opened shards.
+        data: how images are read.
+        seed: the run's.
+        global_batch: images of an optimizer step; None: for evaluation.
+        bad, sparse: see ``SoundRows``.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        data: LabelledDataConfig,
+        seed: int,
+        global_batch: int | None,
+        bad: Container[int] = (),
+        sparse: bool = False,
+    ) -> None:
         self.index, self.size, self.seed, self.global_batch = index, data.image_size, seed, global_batch
         self.augment = LabelledAugment(data)
-        self.rows = SoundRows(index, seed)
+        self.rows = SoundRows(index, seed, bad, sparse)
         self.reader = self.rows.reader
 
     def __getitems__(self, picks: list[Pick]) -> LabelledBatch:

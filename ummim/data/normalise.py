@@ -17,9 +17,10 @@ def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """(B, 3, H, W) uint8 -> float32 with ImageNet's mean and deviation."""
+    """(B, 3, H, W) uint8, in any layout -> float32 with ImageNet's mean and deviation, contiguous."""
     mean, std = _constants(images.device)
-    return (images.float() / 255 - mean) / std
+    pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
+    return (pixels / 255 - mean) / std
 
 
 def denormalise(images: Tensor) -> Tensor:

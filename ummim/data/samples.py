@@ -17,7 +17,7 @@ from ummim.data.order import Pick
 from ummim.data.shards import ShardIndex
 from ummim.data.sound import SoundRows
 from ummim.errors import DataError
-from ummim.masking import PlanSampler, SamplePlan
+from ummim.masking import MaskPlan, PlanSampler
 from ummim.seeds import sample_seed
 
 _WHOLE = Box(0, 0, 1, 1)
@@ -55,38 +55,40 @@ class Samples(Dataset):
 
     def batch(self, picks: list[Pick]) -> Batch:
         """Read, decode, crop and mask. Bad data never raises: it is replaced, and the batch's ``faults`` tell."""
-        images = torch.empty(len(picks), 3, self.size, self.size, dtype=torch.uint8)
-        pixels = images.numpy()  # transposing in numpy is faster: torch starts threads for it
-        plans: list[SamplePlan] = []
-        found: list[int] = []
+        pixels = np.empty((len(picks), self.size, self.size, 3), np.uint8)  # as views have them; see ``Batch``
+        found: list[Pick] = []
+        boxes: list[Box] = []
         faults: list[Fault] = []
         for i, pick in enumerate(picks):
-            row, made, failed = self.rows.sound(pick, self.masked_view)
-            if made is None:  # nothing could be read: black
-                made = torch.zeros(3, self.size, self.size, dtype=torch.uint8), self.plan(pick, _WHOLE)
-            pixels[i] = made[0].numpy()
-            plans.append(made[1])
-            found.append(row)
+            row, made, failed = self.rows.sound(pick, self._view)
+            view, box = (None, _WHOLE) if made is None else made
+            pixels[i] = 0 if view is None else view.permute(1, 2, 0).numpy()  # black: nothing could be read
+            found.append(pick._replace(row=row))
+            boxes.append(box)
             faults += failed
-        labels = torch.tensor([int(self.index.table["label"][row]) for row in found])  # (B,)
-        stack = self.sampler.stack if self.attention is None else self.attention.sampler.stack
-        return Batch(images, stack(plans), labels, [self.index.key(row) for row in found], tuple(faults))
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        labels = torch.tensor([int(self.index.table["label"][pick.row]) for pick in found])  # (B,)
+        keys = [self.index.key(pick.row) for pick in found]
+        return Batch(images, self._plan(found, keys, boxes), labels, keys, tuple(faults))
 
-    def masked_view(self, data: bytes, pick: Pick) -> tuple[Tensor, SamplePlan]:
-        """Decode, crop and mask one sample. Raises ``ValueError`` if the bytes are no image."""
+    def _view(self, data: bytes, pick: Pick) -> tuple[Tensor, Box]:
+        """Decode and crop one sample. Raises ``ValueError`` if the bytes are no image."""
         seed = sample_seed(self.seed, pick.epoch, self.index.key(pick.row))
         if self.attention is not None:
-            view, box = self.augment.located_view(data, seed)
-        else:
-            view, box = self.augment.view(data, seed, self.view), _WHOLE
-        return view, self.plan(pick, box)
+            return self.augment.located_view(data, seed)
+        return self.augment.view(data, seed, self.view), _WHOLE
 
-    def plan(self, pick: Pick, box: Box) -> SamplePlan:
-        """The mask plan of a sample whose view lies at ``box``."""
-        key = self.index.key(pick.row)
-        if self.attention is not None:
-            return self.attention.plan(pick.row, box, sample_seed(self.seed, pick.epoch, key))
-        return self.sampler(self.sampler.seed(self.seed, pick.epoch, key, pick.position))
+    def _plan(self, picks: list[Pick], keys: list[str], boxes: list[Box]) -> MaskPlan:
+        """The mask plan of samples whose views lie at ``boxes``."""
+        samples = list(zip(picks, keys, strict=True))
+        if self.attention is None:
+            seeds = [self.sampler.seed(self.seed, pick.epoch, key, pick.position) for pick, key in samples]
+            return self.sampler.batch(seeds)
+        plans = [
+            self.attention.plan(pick.row, box, sample_seed(self.seed, pick.epoch, key))
+            for (pick, key), box in zip(samples, boxes, strict=True)
+        ]
+        return self.attention.sampler.stack(plans)
 
 
 def fixed_batch(index: ShardIndex, data: DataConfig, sampler: PlanSampler, seed: int, count: int) -> Batch:

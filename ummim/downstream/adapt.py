@@ -103,8 +103,8 @@ def for_whole_images(pretrained: Pretrained, image_size: int | None = None) -> A
     encoder = new_encoder(_whole_config(pretrained, size), size)
     if isinstance(pretrained.norm, nn.Identity) and not isinstance(encoder, TableSwin):
         encoder.norm = nn.Identity()
-    if isinstance(encoder, TableSwin):
-        _set_eps(encoder, next(m.eps for m in pretrained.modules() if isinstance(m, nn.LayerNorm)))
+    if not isinstance(encoder, Swin | PVT):  # whose norms are of two kinds
+        set_eps(encoder, eps_of(pretrained))
     given = dict(pretrained.state_dict())
     own = encoder.state_dict()
     placed = _placed(pretrained, given)
@@ -184,7 +184,13 @@ def _folded(pretrained: Pretrained) -> set[str]:
     return names | ({f"rel_pos_bias.{_TABLE}"} if getattr(pretrained, "rel_pos_bias", None) is not None else set())
 
 
-def _set_eps(encoder: nn.Module, eps: float) -> None:
-    for module in encoder.modules():
+def eps_of(encoder: nn.Module) -> float:
+    """The eps of an encoder's norms, which is one number but in UM-MAE's pyramids."""
+    return next(module.eps for module in encoder.modules() if isinstance(module, nn.LayerNorm))
+
+
+def set_eps(model: nn.Module, eps: float) -> None:
+    """Give every norm of a model this eps."""
+    for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = eps

@@ -13,7 +13,7 @@ from ummim.backbones.relative_vit import RelativeViT
 from ummim.backbones.swin import Swin
 from ummim.backbones.table_swin import TableSwin
 from ummim.backbones.vit import ViT
-from ummim.downstream.adapt import Adapted, Encoder, Pretrained, for_whole_images
+from ummim.downstream.adapt import Adapted, Encoder, Pretrained, eps_of, for_whole_images, set_eps
 from ummim.downstream.drop_path import set_drop_path
 from ummim.errors import UserError
 from ummim.nn.layers import LayerNorm
@@ -36,6 +36,7 @@ class Classifier(nn.Module):
         num_classes: number of classes.
         train_positions: make the encoder's sine-cosine position table, if it has one, a parameter (MAE, UM-MAE).
         pool: what the head sees.
+        norm_last: with mean pooling, let the norm stand behind the mean in Microsoft's Swin, too (LocalMIM).
 
     Attributes:
         adapted: what became of the pre-training's tensors, where the encoder comes from one.
@@ -46,7 +47,14 @@ class Classifier(nn.Module):
 
     adapted: Adapted | None = None
 
-    def __init__(self, encoder: Encoder, num_classes: int, train_positions: bool = True, pool: Pool = "mean") -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        num_classes: int,
+        train_positions: bool = True,
+        pool: Pool = "mean",
+        norm_last: bool = False,
+    ) -> None:
         super().__init__()
         self.encoder, self.pool = encoder, pool
         vit = isinstance(encoder, ViT | RelativeViT)
@@ -56,12 +64,14 @@ class Classifier(nn.Module):
             table = encoder.pos_embed
             del encoder.pos_embed  # a buffer's name is free for a parameter only once the buffer is gone
             encoder.register_parameter("pos_embed", nn.Parameter(table))
-        own_norm = pool == "class" or isinstance(encoder, TableSwin)
+        own_norm = pool == "class" or (isinstance(encoder, TableSwin) and not norm_last)
         if own_norm and isinstance(encoder.norm, nn.Identity):
             encoder.norm = LayerNorm(encoder.embed_dim)
         elif not own_norm:
             encoder.norm = nn.Identity()
         self.fc_norm: nn.Module = nn.Identity() if own_norm else LayerNorm(encoder.embed_dim)
+        if vit:
+            set_eps(self.fc_norm, eps_of(encoder))
         self.head = nn.Linear(encoder.embed_dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02 if isinstance(encoder, TableSwin) else 2e-5)
         nn.init.zeros_(self.head.bias)

@@ -1,6 +1,7 @@
 """The command line of what is done with trained classifiers: ``ummim robustness``."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ SETS = {
 
 def add_commands(commands: Any) -> None:
     """Add the commands to a parser's sub-parsers."""
-    robustness = commands.add_parser("robustness", help="a classifier's accuracy on ImageNet-A, -R, -Sketch and -C")
+    told = "a classifier's accuracy on ImageNet-A, -R, -Sketch and -C; also under torchrun"
+    robustness = commands.add_parser("robustness", help=told)
     robustness.add_argument("weights", type=Path, metavar="RUN", help="a fine-tuning's folder, one of its "
                             "checkpoints/step-N, or an official fine-tuned file")  # fmt: skip
     for name, told in SETS.items():
@@ -29,15 +31,17 @@ def add_commands(commands: Any) -> None:
         metavar="FILE",
         help="WordNet ids in label order, one a line (default: those of the run's data, else ImageNet-1K's)",
     )
-    robustness.add_argument("--batch", type=int, default=64, help="images at once (default 64)")
-    robustness.add_argument("--workers", type=int, default=4, help="processes that read (default 4)")
+    robustness.add_argument("--ema", action="store_true", help="a fine-tuning's moving average of the weights")
+    robustness.add_argument("--batch", type=int, default=64, help="images at once on a rank (default 64)")
+    robustness.add_argument("--workers", type=int, default=4, help="processes that read on a rank (default 4)")
     robustness.add_argument("--json", type=Path, metavar="FILE", help="write the results, as JSON")
     robustness.set_defaults(run=_robustness)
 
 
 def _robustness(options: argparse.Namespace) -> None:
-    from ummim.downstream.robustness import Reading, measure, table, write_json
+    from ummim.downstream.robustness import ALONE, Reading, measure, table, write_json
     from ummim.downstream.subject import load_subject
+    from ummim.engine.zero import setup_distributed, shutdown
 
     places = {name: getattr(options, name.replace("-", "_")) for name in SETS}
     places = {name: place for name, place in places.items() if place is not None}
@@ -46,8 +50,15 @@ def _robustness(options: argparse.Namespace) -> None:
     for name, least in (("batch", 1), ("workers", 0)):
         if getattr(options, name) < least:
             raise UserError(f"--{name} {getattr(options, name)}: must be at least {least}")
-    subject, told = load_subject(options.weights, options.family, options.classes)
-    results = measure(subject, places, Reading(options.batch, options.workers))
-    print(table(results))
-    if options.json is not None:
-        write_json(options.json, told, results)
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    reading = Reading(options.batch, options.workers, setup_distributed() if several else ALONE)
+    subject, told = reading.together(
+        lambda: load_subject(options.weights, options.family, options.classes, options.ema)
+    )
+    results = measure(subject, places, reading)
+    if reading.world.is_main:
+        print(table(results), flush=True)
+        if options.json is not None:
+            write_json(options.json, told, results)
+    if several:
+        shutdown()

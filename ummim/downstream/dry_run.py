@@ -10,7 +10,7 @@ from ummim.data.labelled import open_labelled
 from ummim.data.urls import is_url, local_path
 from ummim.downstream.classify import Classifier
 from ummim.downstream.recipe import ClassifyRecipe
-from ummim.downstream.run import starting_encoder
+from ummim.downstream.run import saved_checkpoint, starting_encoder
 from ummim.downstream.task import Classification, build_model, encoder_from_scratch, resolved
 
 Rows = list[tuple[str, str]]
@@ -23,11 +23,13 @@ def evaluation_rows(recipe: ClassifyRecipe) -> tuple[Rows, nn.Module | None]:
     Raises:
         UserError: weights or validation shards that are at hand but do not fit.
     """
-    config, data = recipe.classify, recipe.data
-    here = bool(config.weights) and Path(config.weights).exists()
+    config, data, saved = recipe.classify, recipe.data, saved_checkpoint(recipe)
+    here = saved is not None or (bool(config.weights) and Path(config.weights).exists())
     rows = [("validation", _validation(recipe))]
     if config.weights:
-        rows.append(("weights", f"{config.weights}: {'at hand' if here else 'not at hand; training needs them'}"))
+        how = "at hand" if here else "not at hand; training needs them"
+        how = how if saved is None else f"not needed: the run goes on from {saved}"
+        rows.append(("weights", f"{config.weights}: {how}"))
     views = [data.randaugment or (f"colour jitter {data.color_jitter:g}" if data.color_jitter else "")]
     views += [f"{name} {value:g}" for name, value in (
         ("erasing", data.erasing), ("mixup", config.mixup), ("cutmix", config.cutmix),

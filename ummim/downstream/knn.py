@@ -24,7 +24,7 @@ from ummim.engine.faults import Interrupts, agreed_stop
 from ummim.engine.watchdog import EVALUATE
 from ummim.engine.zero import World
 
-QUERIES = 64  # validation images that are compared at once
+QUERIES, BANK = 256, 2**16  # validation and training images that are compared at once: 64 MiB of similarities
 
 
 class Features(NamedTuple):
@@ -94,8 +94,15 @@ def gathered(mine: Features, world: World) -> Features:
     everywhere: list[Any] = [None] * world.size
     dist.all_gather_object(everywhere, tuple(tensor.cpu() for tensor in mine[:3]))
     rows, labels, values = (torch.cat(parts).to(world.device) for parts in zip(*everywhere, strict=True))
-    order = rows.argsort()
-    return Features(rows[order], labels[order], values[order], mine.unreadable)
+    return by_row(Features(rows, labels, values, mine.unreadable))
+
+
+def by_row(features: Features) -> Features:
+    """The same, with ascending rows."""
+    rows, order = features.rows.sort()
+    if torch.equal(rows, features.rows):
+        return features
+    return Features(rows, features.labels[order], features.values[order], features.unreadable)
 
 
 def vote(
@@ -105,6 +112,7 @@ def vote(
 
     train: this rank's part; val: all, the same on every rank. None where it was interrupted.
     """
+    train = by_row(train)
     top1 = top5 = 0
     for begin in range(0, len(val.rows), QUERIES):
         if agreed_stop(code(), world):
@@ -120,20 +128,48 @@ def vote(
 
 
 def nearest(queries: Tensor, train: Features, k: int, world: World) -> tuple[Tensor, Tensor]:
-    """(Q, D) -> (Q, k) cosine similarities and labels of the k nearest training images of all ranks, nearest first.
+    """(Q, D) -> (Q, k) cosine similarities and labels of the k nearest training images of all ranks, nearest first, and
+    of equally near ones those of the first rows.
 
-    Where there are fewer than k, similarities of the missing ones are minus infinity.
+    train: this rank's part, its rows ascending. Where there are fewer than k, the missing ones' similarities are minus
+    infinity.
     """
-    here = min(k, len(train.rows))
+    values, at = greatest(queries, train.values, k)
+    here = values.shape[1]
     mine = torch.full((3, len(queries), k), -torch.inf, dtype=torch.float64, device=queries.device)
     mine[1], mine[2] = torch.inf, 0
-    order = train.rows.argsort()
-    values, at = (queries @ train.values[order].T).sort(dim=1, descending=True, stable=True)  # (Q, n)
-    at = order[at[:, :here]]
-    mine[:, :, :here] = torch.stack([values[:, :here].double(), train.rows[at].double(), train.labels[at].double()])
+    mine[:, :, :here] = torch.stack([values.double(), train.rows[at].double(), train.labels[at].double()])
     everywhere = [torch.empty_like(mine) for _ in range(world.size)]
     dist.all_gather(everywhere, mine)
     similarities, rows, labels = torch.cat(everywhere, dim=2)  # (Q, ranks * k) each
     by_row = rows.argsort(dim=1, stable=True)
     best = by_row.gather(1, similarities.gather(1, by_row).argsort(dim=1, descending=True, stable=True))[:, :k]
     return similarities.gather(1, best), labels.gather(1, best).long()
+
+
+def greatest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(Q, D), (n, D) -> (Q, min(k, n)) the greatest dot products and their places in the bank, greatest first; of equal
+    ones, the first places. The bank is taken in parts of ``BANK``, which bounds the memory."""
+    values, places = queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0, dtype=torch.int64)
+    for begin in range(0, len(bank), BANK):
+        top, at = first_greatest(queries @ bank[begin : begin + BANK].T, k)
+        values, order = torch.cat([values, top], dim=1).sort(dim=1, descending=True, stable=True)
+        places = torch.cat([places, at + begin], dim=1).gather(1, order)[:, :k]
+        values = values[:, :k]
+    return values, places
+
+
+def first_greatest(products: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(Q, n) -> (Q, min(k, n)) the greatest of each row and their places, greatest first; of equal ones, the first.
+
+    topk does not say which of equal ones it takes: where that matters, the whole row is sorted.
+    """
+    k = min(k, products.shape[1])
+    values, at = products.topk(k, dim=1)
+    tied = (products >= values[:, -1:]).sum(1) > k
+    if tied.any():
+        whole, places = products[tied].sort(dim=1, descending=True, stable=True)
+        values[tied], at[tied] = whole[:, :k], places[:, :k]
+    at, order = at.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, at.gather(1, order)

@@ -4,6 +4,8 @@ Sources: the linear probing of MAE (section A.1); attentive probing as in CAE (C
 Self-Supervised Representation Learning") and V-JEPA (Bardes et al.).
 """
 
+import copy
+
 import torch
 import torch.distributed as dist
 from timm.layers import AttentionPoolLatent
@@ -80,6 +82,19 @@ class Probe(nn.Module):
         with torch.no_grad():
             x = self.backbone.tokens(images) if self.attentive else self.backbone.features(images)
         return self.head(x)
+
+    def as_classifier(self) -> Classifier:
+        """A linear probe's logits as those of a classifier (a copy): what its normalisation by the running mean and
+        variance does is an affine map, which the head takes in."""
+        assert not self.attentive
+        norm, linear = self.head
+        assert isinstance(norm, BatchNorm) and isinstance(linear, nn.Linear)
+        classifier = copy.deepcopy(self.backbone)
+        classifier.head = nn.Linear(linear.in_features, linear.out_features)
+        weight = linear.weight.detach().double() * (norm.running_var.double() + norm.eps).rsqrt()
+        bias = linear.bias.detach().double() - weight @ norm.running_mean.double()
+        classifier.head.load_state_dict({"weight": weight.float(), "bias": bias.float()})
+        return classifier.train(self.training)
 
     def blocks(self) -> list[nn.Module]:
         """Units of activation checkpointing: none, for nothing is kept of a frozen encoder."""

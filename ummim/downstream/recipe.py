@@ -35,7 +35,8 @@ class ClassifyConfig:
         classes: number of classes; labels are 0 to classes - 1.
         pool: features are the ``mean`` of the patch tokens or the ``class`` token.
         train_positions: train a fixed sine-cosine position table, too (MAE, UM-MAE; not TEC).
-        norm_eps: eps of the norms of a Swin with position tables, from scratch; with weights, theirs is taken.
+        norm_eps: eps of the norms of a ViT or of a Swin with position tables, from scratch; with weights, theirs is
+            taken.
         drop_path: stochastic depth of the last block; it rises linearly from 0 at the first.
         layer_decay: each layer's learning rate is this many times that of the layer above; 1: all alike.
         label_smoothing: share of the target that is spread over all classes.

@@ -1,13 +1,20 @@
-"""``ummim robustness``: a classifier's accuracy on ImageNet's robustness sets, as their authors count it."""
+"""``ummim robustness``: a classifier's accuracy on ImageNet's robustness sets, as their authors count it.
+
+A set is cut into the same batches for any number of ranks, which are counted one by one and added up in their order:
+each image counts once, and on one kind of device the numbers are equal to the last bit.
+"""
 
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -26,8 +33,13 @@ from ummim.downstream.imagenet_variants import (
     open_set,
     subset_classes,
 )
+from ummim.engine.faults import on_every_rank, on_main
+from ummim.engine.zero import World
 from ummim.errors import DataError, UserError
 
+T = TypeVar("T")
+
+ALONE = World(0, 0, 1, torch.device("cpu"))  # without a process group
 SUBSETS = ("imagenet-a", "imagenet-r")  # of 200 of the 1000 classes
 WHOLE = ("val", "imagenet-sketch")
 NAMES = {
@@ -72,31 +84,53 @@ class Subject:
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are read: the largest batch, and worker processes (0: none)."""
+    """How images are read.
+
+    Attributes:
+        batch: images at once.
+        workers: processes that read on each rank; 0: none.
+        world: this process among all.
+    """
 
     batch: int = 64
     workers: int = 4
+    world: World = ALONE
+
+    def once(self, function: Callable[[], T]) -> T:
+        """What ``function`` gives on rank 0, on every rank."""
+        return function() if self.world.size == 1 else on_main(function, self.world)
+
+    def together(self, function: Callable[[], T]) -> T:
+        """What ``function`` gives on this rank; a user's mistake on any of them ends all."""
+        return function() if self.world.size == 1 else on_every_rank(function, self.world)
 
 
 @torch.inference_mode()
-def count(model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> Counts:
-    """Count over batches of uint8 images (B, 3, S, S) and labels (B,), both on the model's device."""
-    images = top1 = top5 = 0
-    loss = 0.0
+def count(model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> list[Counts]:
+    """Of each batch: uint8 images (B, 3, S, S) and labels (B,), both on the model's device."""
+    counts = []
     for pixels, labels in batches:
         logits = model(normalise(pixels)).float()
         before = rank_of_label(logits, labels)  # (B,)
-        images += len(labels)
-        top1 += int((before < 1).sum())
-        top5 += int((before < 5).sum())
-        loss += F.cross_entropy(logits.double(), labels, reduction="sum").item()
-    return Counts(images, top1, top5, loss)
+        loss = F.cross_entropy(logits.double(), labels, reduction="sum").item()
+        counts.append(Counts(len(labels), int((before < 1).sum()), int((before < 5).sum()), loss))
+    return counts
+
+
+def total(mine: list[Counts], world: World) -> Counts:
+    """All ranks' batches, added up in the order of the set, of which rank r of n has every n-th batch from r on."""
+    everywhere: list[Any] = [mine]
+    if world.size > 1:
+        everywhere = [None] * world.size
+        dist.all_gather_object(everywhere, [tuple(each) for each in mine])
+    in_order = [each for one_of_each in zip_longest(*everywhere) for each in one_of_each if each is not None]
+    return Counts(*(sum(column) for column in zip(*in_order, strict=True)))
 
 
 def count_set(
     subject: Subject, images: ImageSet, reading: Reading, subset: Sequence[str] | None, whole: bool
 ) -> Counts:
-    """Count over a set.
+    """Count over a set; on several ranks each takes its part, and must call it.
 
     Args:
         subject: the classifier.
@@ -110,7 +144,10 @@ def count_set(
     """
     device = next(subject.model.parameters()).device
     side = subject.image_size if whole else subject.eval_side
-    loader = DataLoader(Views(images, subject.image_size, side), reading.batch, num_workers=reading.workers)
+    world, firsts = reading.world, range(0, len(images), reading.batch)
+    own = [range(first, min(first + reading.batch, len(images))) for first in firsts[world.rank :: world.size]]
+    views = Views(images, subject.image_size, side)
+    loader = DataLoader(views, batch_sampler=own, num_workers=reading.workers)  # type: ignore[arg-type]
     compete = set(subject.classes if subset is None else subset)
     columns = [i for i, name in enumerate(subject.classes) if name in compete]
     place = torch.full((len(subject.classes),), -1)
@@ -123,7 +160,7 @@ def count_set(
                 raise DataError(fault)
             yield pixels.to(device), place[labels].to(device)
 
-    return count(lambda x: subject.model(x)[:, chosen], batches())
+    return total(reading.together(lambda: count(lambda x: subject.model(x)[:, chosen], batches())), world)
 
 
 def measure(subject: Subject, places: Mapping[str, Path], reading: Reading) -> dict[str, Any]:
@@ -138,15 +175,13 @@ def measure(subject: Subject, places: Mapping[str, Path], reading: Reading) -> d
     for name in (*WHOLE, *SUBSETS):
         if name in places:
             allowed = subset_classes(name) if name in SUBSETS else None
-            sets[name] = (open_set(places[name], subject.classes, allowed), allowed)
+            sets[name] = (reading.once(partial(open_set, places[name], subject.classes, allowed)), allowed)
     corrupted: dict[str, list[Path]] = {}
     if "imagenet-c" in places:
-        corrupted, extra = find_corruptions(places["imagenet-c"])
-        for path in (path for paths in corrupted.values() for path in paths):
-            check_set(path, subject.classes)
+        corrupted, extra = reading.once(lambda: _checked_corruptions(places["imagenet-c"], subject))
     results: dict[str, Any] = {}
     for name, (images, subset) in sets.items():
-        _say(f"{NAMES[name]}: {len(images):,} images")
+        _say(f"{NAMES[name]}: {len(images):,} images", reading)
         counts = count_set(subject, images, reading, subset, whole=False)
         results[name] = {"classes": len(set(subject.classes) & set(subset or subject.classes)), **_rates(counts)}
     if corrupted:
@@ -154,12 +189,23 @@ def measure(subject: Subject, places: Mapping[str, Path], reading: Reading) -> d
     return results
 
 
+def _checked_corruptions(place: Path, subject: Subject) -> tuple[dict[str, list[Path]], list[str]]:
+    """``find_corruptions``, all of them with the model's classes."""
+    corrupted, extra = find_corruptions(place)
+    for path in (path for paths in corrupted.values() for path in paths):
+        check_set(path, subject.classes)
+    return corrupted, extra
+
+
 def _corruptions(subject: Subject, folders: Mapping[str, Sequence[Path]], reading: Reading) -> dict[str, Any]:
     errors: dict[str, list[float]] = {}
     images = 0
     for name, severities in folders.items():
-        _say(f"ImageNet-C: {name}")
-        counts = [count_set(subject, open_set(path, subject.classes), reading, None, whole=True) for path in severities]
+        _say(f"ImageNet-C: {name}", reading)
+        counts = []
+        for path in severities:
+            own = reading.once(partial(open_set, path, subject.classes))
+            counts.append(count_set(subject, own, reading, None, whole=True))
         errors[name] = [each.error for each in counts]
         images += sum(each.images for each in counts)
     return {"images": images, "classes": len(subject.classes), **corruption_errors(errors)}
@@ -233,5 +279,6 @@ def write_json(path: Path, told: Mapping[str, Any], results: Mapping[str, Any]) 
     write_text(path, json.dumps({"model": told, "sets": results}, indent=2) + "\n")
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _say(line: str, reading: Reading) -> None:
+    if reading.world.is_main:
+        print(line, file=sys.stderr, flush=True)

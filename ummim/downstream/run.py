@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from ummim.downstream.evaluate import Accuracy, Parts, evaluate, evaluating, lac
 from ummim.downstream.knn import nearest_neighbours
 from ummim.downstream.recipe import ClassifyRecipe
 from ummim.downstream.task import Classification, build_model, encoder_from_scratch, resolved
+from ummim.engine.checkpoint import FOLDER, steps
 from ummim.engine.faults import on_every_rank, on_main
 from ummim.engine.resume import lock
 from ummim.engine.trainer import Pause, train
@@ -25,12 +27,14 @@ from ummim.engine.watchdog import EVALUATE
 from ummim.engine.zero import World, deepspeed_config
 from ummim.environment import write_environment
 from ummim.errors import DataError, UserError
-from ummim.recipe_file import dump_recipe
+from ummim.interop.run import RECIPE_FILE, recipe_of
+from ummim.recipe_file import dump_recipe, load_recipe
 from ummim.run_plan import RunPlan
 
 log = logging.getLogger(__name__)
 
 Beat = Callable[[int, str], None]
+WEIGHTS = "weights.json"  # where a run's encoder came from
 
 
 class Sets(NamedTuple):
@@ -94,9 +98,29 @@ def classify(recipe: ClassifyRecipe, world: World, beat: Beat) -> int:
     return train(task, recipe, plan, world, sets.train.digest, batches, evaluations, beat, recipe.classify.ema)
 
 
+def saved_checkpoint(recipe: ClassifyRecipe) -> Path | None:
+    """The newest checkpoint among those that ``recipe.resume`` chooses from; None: the run starts afresh."""
+    if recipe.resume == "never":
+        return None
+    path = Path(recipe.output if recipe.resume == "auto" else recipe.resume)
+    folder = path / FOLDER
+    found = [path] if path.name.startswith("step-") else steps(folder if folder.is_dir() else path)
+    return next((checkpoint for checkpoint in found if (checkpoint / RECIPE_FILE).is_file()), None)
+
+
 def starting_encoder(recipe: ClassifyRecipe) -> tuple[Encoder, dict[str, Any]]:
-    """The encoder that ``recipe`` starts from, for whole images, and where it comes from. Raises UserError."""
-    config = recipe.classify
+    """The encoder that ``recipe`` starts from, for whole images, and where it comes from.
+
+    That of a run that goes on has the checkpoint's sizes and is yet to be filled: its weights are not read again.
+
+    Raises:
+        UserError: weights that are missing or do not fit, or a checkpoint that is not an evaluation's.
+    """
+    config, checkpoint = recipe.classify, saved_checkpoint(recipe)
+    if checkpoint is not None:
+        saved = load_recipe(recipe_of(checkpoint), (), ClassifyRecipe).classify
+        config = replace(config, encoder=saved.encoder, norm_eps=saved.norm_eps)
+        return encoder_from_scratch(replace(recipe, classify=config)), _provenance(checkpoint.parents[1])
     if not config.weights:
         return encoder_from_scratch(recipe), {}
     try:
@@ -105,12 +129,23 @@ def starting_encoder(recipe: ClassifyRecipe) -> tuple[Encoder, dict[str, Any]]:
         raise UserError(f"classify.weights: {error}") from None
 
 
+def _provenance(run: Path) -> dict[str, Any]:
+    """What ``weights.json`` of a run says, if it can be read."""
+    try:
+        found: dict[str, Any] = json.loads((run / WEIGHTS).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
 def _announce(recipe: ClassifyRecipe, sets: Sets, provenance: Mapping[str, Any], world: World) -> None:
     if world.is_main:
-        output = Path(recipe.output)
+        output, weights = Path(recipe.output), recipe.classify.weights
+        if weights and provenance and provenance["source"] != str(Path(weights)):
+            log.warning("classify.weights=%s is not read: the run goes on from a checkpoint", weights)
         log.warning("%s", describe(provenance) if provenance else "an encoder from scratch")
         write_text(output / "recipe.yaml", dump_recipe(recipe))
-        write_text(output / "weights.json", json.dumps(provenance, indent=2) + "\n")
+        write_text(output / WEIGHTS, json.dumps(provenance, indent=2) + "\n")
         write_environment(output, world.size, world.device, sets.train.digest)
 
 

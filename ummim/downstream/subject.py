@@ -9,35 +9,42 @@ from ummim.data.config import LabelledDataConfig
 from ummim.data.shards import ShardIndex
 from ummim.downstream.adapt import image_size_of
 from ummim.downstream.encoders import file_sha256
+from ummim.downstream.evaluated import load_task
 from ummim.downstream.imagenet_variants import imagenet_classes
 from ummim.downstream.recipe import ClassifyRecipe
 from ummim.downstream.robustness import Subject, read_classes_file
-from ummim.downstream.trained import load_trained
 from ummim.errors import CheckpointError, DataError, UserError
-from ummim.interop.classifier import CLASSIFIERS, load_official_classifier
+from ummim.interop.classifier import CLASSIFIERS, fine_tuned_classes, load_official_classifier
 from ummim.interop.official import read_checkpoint
 
 
-def load_subject(weights: Path, family: str | None, classes_file: Path | None) -> tuple[Subject, dict[str, Any]]:
+def load_subject(
+    weights: Path, family: str | None, classes_file: Path | None, average: bool = False
+) -> tuple[Subject, dict[str, Any]]:
     """The classifier in eval mode on the GPU, if there is one, and where it comes from.
 
     Args:
         weights: a fine-tuning's folder or one of its checkpoints, or an official fine-tuned file.
         family: of an official file, a key of ``CLASSIFIERS``; else None.
         classes_file: names the classes in label order; else a run's data does, or they are ImageNet-1K's.
+        average: a fine-tuning's moving average of the weights instead of the weights.
 
     Raises:
-        UserError: nothing there, weights that do not fit, or another number of classes than the model has.
+        UserError: nothing there, weights that do not fit, no average, or another number of classes than the model has.
     """
     model: Any
     if weights.is_dir():
         if family is not None:
             raise UserError(f"{weights}: --family {family} is for official files; a run's recipe says what it is")
-        recipe, model, checkpoint = load_trained(weights)
+        recipe, task, checkpoint = load_task(weights, average)
+        model = task.model
         told = {"format": "run", "recipe": recipe.name, "checkpoint": checkpoint.name}
+        told["weights"] = "average" if average else "trained"
         data, count = recipe.data, recipe.classify.classes
         classes = _classes_of(recipe) if classes_file is None else read_classes_file(classes_file)
     else:
+        if average:
+            raise UserError(f"{weights}: --ema is for a fine-tuning's run; an official file has no moving average")
         model, told = _official(weights, family)
         data, count = LabelledDataConfig("", image_size=image_size_of(model.encoder)), len(model.head.weight)
         classes = imagenet_classes() if classes_file is None else read_classes_file(classes_file)
@@ -66,9 +73,9 @@ def _official(path: Path, family: str | None) -> tuple[Any, dict[str, Any]]:
         raise UserError(f"{path}: --family {said}; say of which the file is, one of {', '.join(CLASSIFIERS)}")
     try:
         tensors, _ = read_checkpoint(path)
-        if "head.weight" not in tensors:
+        if (classes := fine_tuned_classes(family, tensors)) is None:
             raise UserError(f"{path}: has no head: is it a pre-training's? Fine-tune it first")
-        model = load_official_classifier(family, tensors, len(tensors["head.weight"]))
+        model = load_official_classifier(family, tensors, classes)
     except ValueError as error:  # OfficialError
         raise CheckpointError(f"{path}: {error}") from None
     return model.float(), {"format": "official", "recipe": family, "sha256": file_sha256(path)}

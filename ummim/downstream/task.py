@@ -8,11 +8,13 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ummim.backbones.relative_vit import RelativeViT
 from ummim.backbones.table_swin import TableSwin
+from ummim.backbones.vit import ViT
 from ummim.data.augment_labelled import seeded
 from ummim.data.labelled import LabelledBatch
 from ummim.data.normalise import normalise
-from ummim.downstream.adapt import Encoder, new_encoder
+from ummim.downstream.adapt import Encoder, eps_of, new_encoder, set_eps
 from ummim.downstream.classify import Classifier, build_classifier
 from ummim.downstream.probe import Probe
 from ummim.downstream.recipe import ClassifyConfig, ClassifyRecipe
@@ -20,9 +22,12 @@ from ummim.engine.optim import layer_decay_groups
 from ummim.engine.trainer import TaskOutput
 from ummim.errors import RecipeError, UserError
 
+VIT_EPS = 1e-6  # of a ViT's norms, but in some of other libraries
+
 
 class Classification(nn.Module):
-    """What the engine trains: ``task(batch) -> TaskOutput``.
+    """What the engine trains: ``task(batch) -> TaskOutput``. Its one metric is ``train_top1``, in percent of the
+    micro-batch, where images are not mixed.
 
     Images are mixed by timm's Mixup: whether, how much and with which box follows from seed and optimizer step; with
     whom, from the micro-batch (the first with the last, and so on). That alone depends on how a batch is cut.
@@ -33,12 +38,7 @@ class Classification(nn.Module):
         self.model, self.config = model, config
         self.frozen = _freeze(model, config.last_blocks) if config.protocol == "partial" else []
         self.soft = SoftTargetCrossEntropy()
-        self.mixup = None
-        if config.mixes:
-            self.mixup = Mixup(
-                config.mixup, config.cutmix, prob=config.mixup_prob, switch_prob=config.mixup_switch,
-                label_smoothing=config.label_smoothing, num_classes=config.classes,
-            )  # fmt: skip
+        self.mixup = mixing(config)
 
     def blocks(self) -> list[nn.Module]:
         """The units of activation checkpointing."""
@@ -65,7 +65,7 @@ class Classification(nn.Module):
         if self.mixup is None:
             logits = self.model(images).float()
             loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-            return TaskOutput(loss, {"train_top1": (logits.detach().argmax(1) == labels).float().mean()})
+            return TaskOutput(loss, {"train_top1": 100 * (logits.detach().argmax(1) == labels).float().mean()})
         with seeded(batch.mixing):
             images, targets = self.mixup(images, labels)  # (B, 3, H, W), (B, classes)
         return TaskOutput(self.soft(self.model(images).float(), targets), {})
@@ -73,6 +73,16 @@ class Classification(nn.Module):
     def logits(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, classes) float32."""
         return self.model(normalise(images)).float()
+
+
+def mixing(config: ClassifyConfig) -> Mixup | None:
+    """What mixes the images of a micro-batch with each other, if anything does."""
+    if not config.mixes:
+        return None
+    return Mixup(
+        config.mixup, config.cutmix, prob=config.mixup_prob, switch_prob=config.mixup_switch,
+        label_smoothing=config.label_smoothing, num_classes=config.classes,
+    )  # fmt: skip
 
 
 def _freeze(model: Any, last_blocks: int) -> list[nn.Module]:
@@ -111,8 +121,8 @@ def resolved(recipe: ClassifyRecipe, encoder: Encoder) -> ClassifyRecipe:
     if asked is not None and asked != found:
         raise UserError(f"classify.encoder: the weights are of {found}, not {asked}: change or remove it")
     eps = None
-    if isinstance(encoder, TableSwin):
-        eps = next(module.eps for module in encoder.modules() if isinstance(module, nn.LayerNorm))
+    if isinstance(encoder, TableSwin) or (isinstance(encoder, ViT | RelativeViT) and eps_of(encoder) != VIT_EPS):
+        eps = eps_of(encoder)
     return replace(recipe, classify=replace(recipe.classify, encoder=found, norm_eps=eps))
 
 
@@ -125,7 +135,6 @@ def encoder_from_scratch(recipe: ClassifyRecipe) -> Encoder:
     config = recipe.classify.encoder
     assert config is not None  # ClassifyConfig.check
     encoder = new_encoder(config, recipe.data.image_size)
-    for module in encoder.modules():
-        if isinstance(module, nn.LayerNorm) and recipe.classify.norm_eps is not None:
-            module.eps = recipe.classify.norm_eps
+    if recipe.classify.norm_eps is not None:
+        set_eps(encoder, recipe.classify.norm_eps)
     return encoder

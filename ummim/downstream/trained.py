@@ -1,4 +1,4 @@
-"""Load what a fine-tuning or a probe left behind: its recipe and its model with a checkpoint's weights."""
+"""Load what a run of any kind left behind: its recipe and its model with a checkpoint's weights."""
 
 from pathlib import Path
 
@@ -6,29 +6,53 @@ from ummim.downstream.classify import Classifier
 from ummim.downstream.probe import Probe
 from ummim.downstream.recipe import ClassifyRecipe
 from ummim.downstream.task import build_model, encoder_from_scratch
-from ummim.interop.run import RECIPE_FILE, fill, find_checkpoint, recipe_of
+from ummim.errors import CheckpointError
+from ummim.interop.run import RECIPE_FILE, fill, find_checkpoint, method_of, recipe_of
+from ummim.methods.api import Method
+from ummim.recipe import Recipe
 from ummim.recipe_file import load_recipe
 from ummim.run_config import RunConfig
 
 PREFIX = "model."  # the engine saves the task, which holds the model
 
 
-def is_evaluation(path: Path) -> bool:
-    """Whether a run's folder or checkpoint is a fine-tuning's or a probe's.
+def load_any(path: Path) -> tuple[Recipe | ClassifyRecipe, Method | Classifier | Probe, Path]:
+    """The recipe of any run, its model in eval mode on the CPU in float32, and the checkpoint folder it came from,
+    whose files are verified once.
+
+    Args:
+        path: a run's folder (its newest checkpoint is taken) or one of its ``checkpoints/step-N``, of a pre-training, a
+            fine-tuning or a probe.
 
     Raises:
-        CheckpointError: there is no checkpoint.
+        CheckpointError: nothing there, or weights that do not fit the recipe.
         RecipeError: its recipe cannot be read.
     """
-    recipe_file = find_checkpoint(path) / RECIPE_FILE
-    return recipe_file.is_file() and isinstance(load_recipe(str(recipe_file), (), RunConfig), ClassifyRecipe)
+    try:
+        checkpoint = find_checkpoint(path)
+    except CheckpointError:
+        _refuse_neighbours(path)
+        raise
+    recipe = load_recipe(recipe_of(checkpoint), (), RunConfig)
+    if isinstance(recipe, ClassifyRecipe):
+        return recipe, model_of(recipe, checkpoint), checkpoint
+    assert isinstance(recipe, Recipe)
+    return recipe, method_of(recipe, checkpoint), checkpoint
+
+
+def _refuse_neighbours(path: Path) -> None:
+    """Raise CheckpointError, naming the weights that were evaluated, for the folder of a k-NN evaluation."""
+    if (path / RECIPE_FILE).is_file():
+        recipe = load_recipe(str(path / RECIPE_FILE), (), RunConfig)
+        if isinstance(recipe, ClassifyRecipe) and recipe.classify.protocol == "knn":
+            raise CheckpointError(
+                f"{path}: nearest neighbours train nothing and leave no checkpoint: give the weights that were "
+                f"evaluated, {recipe.classify.weights or 'which were random'}"
+            )
 
 
 def load_trained(path: Path) -> tuple[ClassifyRecipe, Classifier | Probe, Path]:
-    """The recipe, the model in eval mode on the CPU in float32, and the checkpoint folder it came from.
-
-    Args:
-        path: a run's folder (its newest checkpoint is taken) or one of its ``checkpoints/step-N``.
+    """Likewise, of a fine-tuning or a probe.
 
     Raises:
         CheckpointError: nothing there, or weights that do not fit the recipe.
@@ -36,6 +60,15 @@ def load_trained(path: Path) -> tuple[ClassifyRecipe, Classifier | Probe, Path]:
     """
     checkpoint = find_checkpoint(path)
     recipe = load_recipe(recipe_of(checkpoint), (), ClassifyRecipe)
+    return recipe, model_of(recipe, checkpoint), checkpoint
+
+
+def model_of(recipe: ClassifyRecipe, checkpoint: Path) -> Classifier | Probe:
+    """A fine-tuning's or a probe's model with the weights of a step folder, in eval mode on the CPU in float32.
+
+    Raises:
+        CheckpointError: weights that do not fit the recipe.
+    """
     model = build_model(recipe, encoder_from_scratch(recipe))
     fill(model, checkpoint, PREFIX)
-    return recipe, model.eval(), checkpoint
+    return model.eval()

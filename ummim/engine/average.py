@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ummim.engine import zero_state
+from ummim.engine.checkpoint_shards import MASTER
 
 
 class Average:
@@ -22,18 +23,21 @@ class Average:
     def __init__(self, engine: Any, decay: float) -> None:
         self.engine, self.decay = engine, decay
         flats = {id(fragment.flat): fragment.flat for fragment in zero_state.held(engine)}
-        self._pairs = {key: (flat, flat.detach().clone()) for key, flat in flats.items()}
+        self._pairs = {key: (flat, self._master(flat).clone()) for key, flat in flats.items()}
 
     def of(self, flat: Tensor) -> Tensor:
         """The average of one of the tensors that master weights lie in."""
         return self._pairs[id(flat)][1]
+
+    def _master(self, flat: Tensor) -> Tensor:
+        return zero_state.state_of(self.engine, flat)[MASTER].detach()
 
     @torch.no_grad()
     def update(self, steps: int) -> None:
         """Take in the weights after ``steps`` optimizer steps."""
         share = 1 - min(self.decay, (1 + steps) / (10 + steps))
         for flat, average in self._pairs.values():
-            average.lerp_(flat.detach(), share)
+            average.lerp_(self._master(flat), share)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -50,7 +54,8 @@ class Average:
     @torch.no_grad()
     def _swap(self) -> None:
         for flat, average in self._pairs.values():
-            kept = flat.detach().clone()
-            flat.detach().copy_(average)
-            average.copy_(kept)
+            with zero_state.in_memory(self.engine, flat):
+                kept = flat.detach().clone()
+                flat.detach().copy_(average)
+                average.copy_(kept)
         zero_state.cast_masters(self.engine)

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -138,11 +138,11 @@ def fit(
         metrics.amend(done, missed)
         while done < plan.stop_step:
             begun = time.perf_counter()
-            torch.manual_seed(step_seed(recipe.seed, done, world.rank))
+            seeds = [step_seed(recipe.seed, done, world.rank, i) for i in range(plan.accumulation)]
             schedule.step_update(done)
             lr = engine.optimizer.param_groups[-1]["lr"]
             left_out = done + 1 in bad_steps.listed
-            micro = accumulate(None if left_out else engine, stream, plan.accumulation, world.device, beat, done + 1)
+            micro = accumulate(None if left_out else engine, stream, seeds, world.device, beat, done + 1)
             loss, stop, unread, lost, saving = agree(micro.loss, interrupts.code, micro.faults, saver.pending, world)
             saver.advance(saving)
             too_bad = faults.count(done + 1, micro.faults, unread)
@@ -192,20 +192,25 @@ def leave(interrupts: Interrupts, done: int, world: World) -> int:
     return agreed_stop(interrupts.code, world)
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of a step's drop-path and dropout on one rank: a pure function, so that any step can be replayed."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest(), "big")
+def step_seed(seed: int, step: int, rank: int, index: int = 0) -> int:
+    """The seed of drop-path and dropout of a step's micro-batch ``index`` on one rank.
+
+    A pure function, so that any micro-batch can be run again alone.
+    """
+    text = f"{seed} {step} {rank}" + (f" {index}" if index else "")
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
 def accumulate(
     engine: Any,
     stream: Iterator[Any],
-    count: int,
+    seeds: Sequence[int],
     device: torch.device,
     beat: Callable[[int, str], None] = unwatched,
     step: int = 1,
 ) -> Accumulated:
-    """Forward and backward of ``count`` micro-batches; the last one leaves the gradients reduced over the ranks.
+    """Forward and backward of a micro-batch for each of ``seeds``, which its drop-path and dropout are drawn from; the
+    last one leaves the gradients reduced over the ranks.
 
     Without an ``engine`` they are read and left out; the loss is then not a number.
     """
@@ -214,7 +219,7 @@ def accumulate(
     batches: list[Any] = []
     faults: list[Any] = []
     waited = 0.0
-    for index in range(count):
+    for index, seed in enumerate(seeds):
         beat(step, READ)
         asked = time.perf_counter()
         batch = next(stream)
@@ -225,14 +230,15 @@ def accumulate(
             losses.append(torch.full((), math.nan))
             continue
         beat(step, FORWARD)
+        torch.manual_seed(seed)
         output = engine(batch.to(device, non_blocking=True))
         beat(step, BACKWARD)
         zero.backward(engine, output.loss)
-        if index < count - 1:
+        if index < len(seeds) - 1:
             engine.step()  # not at the boundary yet: DeepSpeed only counts
         losses.append(output.loss.detach())
         for name, value in output.metrics.items():
-            totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach() / count
+            totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach() / len(seeds)
     beat(step, AGREE)
     return Accumulated(losses, totals, batches, faults, waited)
 

@@ -1,8 +1,9 @@
 """DeepSpeed behind one door: start, configuration, activation checkpointing, backward, step.
 
 With ``zero_state`` the only file that imports deepspeed or fairscale, always inside a function: it takes seconds. No
-operator is ever compiled: a first start needs neither a C++ compiler nor ninja, and no lock file is taken
-that a killed start could leave behind. Checked with deepspeed 0.19.8; what is mended here by hand says so.
+operator is compiled but the one that optimizer state on NVMe needs: a first start needs neither a C++ compiler nor
+ninja, and no lock is taken that a killed start could leave behind. Checked with deepspeed 0.19.8; what is mended here
+by hand says so.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ummim.engine import nvme
 from ummim.engine.average import Average
 from ummim.engine.network import choose_interface
 from ummim.engine.optim import build_optimizer
@@ -113,6 +115,7 @@ def shutdown() -> None:
     """Leave the process group, so that no process ends with a warning about it."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        nvme.remove_folders()
         time.sleep(0.2)  # gloo's threads drop their last tensors: too late, it would abort (pytorch/pytorch#179291)
 
 
@@ -141,7 +144,7 @@ def deepspeed_config(recipe: RunConfig, plan: RunPlan) -> dict[str, Any]:
     zero = config.setdefault("zero_optimization", {})
     if zero.setdefault("stage", recipe.zero_stage) != recipe.zero_stage:
         raise RecipeError(f"ds_config: {path} sets stage {zero['stage']}, the recipe zero_stage={recipe.zero_stage}")
-    _check_offload(zero, path)
+    nvme.check_offload(zero, path, recipe.output)
     config.setdefault("zero_force_ds_cpu_optimizer", False)  # offloaded, torch's AdamW goes on: nothing is compiled
     config.setdefault("steps_per_print", 10**9)  # the engine has its own log
     config["train_batch_size"] = plan.global_batch
@@ -155,17 +158,6 @@ def deepspeed_config(recipe: RunConfig, plan: RunPlan) -> dict[str, Any]:
     if recipe.reduce_precision is not None:
         config["communication_data_type"] = recipe.reduce_precision
     return config
-
-
-def _check_offload(zero: dict[str, Any], path: Path) -> None:
-    for section, least in (("offload_optimizer", 1), ("offload_param", 3)):
-        device = (zero.get(section) or {}).get("device", "none")
-        if device not in ("none", "cpu"):
-            raise RecipeError(
-                f"ds_config: {path} sets {section}.device={device}: ummim cannot train or save what lies there; use cpu"
-            )
-        if device == "cpu" and zero["stage"] < least:
-            raise RecipeError(f"ds_config: {path} sets {section}: that takes zero_stage={least} or more; remove it")
 
 
 def apply_activation_checkpointing(blocks: Iterable[nn.Module], kind: str) -> None:
@@ -205,6 +197,13 @@ def _recompute(kind: str) -> Callable[..., Any]:
     return recompute
 
 
+def build_async_io() -> None:
+    """Load DeepSpeed's operator for swap files; compiled at its first use, for minutes. Raises UserError."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    nvme.build(lambda: AsyncIOBuilder().load())
+
+
 def initialize(task: nn.Module, recipe: RunConfig, plan: RunPlan, ema: float = 0.0) -> Any:
     """Wrap ``task`` into a DeepSpeed engine with the recipe's optimizer and activation checkpointing.
 
@@ -227,8 +226,10 @@ def initialize(task: nn.Module, recipe: RunConfig, plan: RunPlan, ema: float = 0
     shapes = repr([(name, tuple(value.shape), name in frozen) for name, value in task.state_dict().items()])
     shapes += "" if recipe.optim.optimizer == "adamw" else recipe.optim.optimizer  # its state is another
     optimizer = build_optimizer(task, recipe.optim)
+    config = deepspeed_config(recipe, plan)
+    world = World(torch.distributed.get_rank(), int(os.environ["LOCAL_RANK"]), plan.world_size, torch.device("cpu"))
+    nvme.prepare(config, [group["params"] for group in optimizer.param_groups], world, build_async_io)
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use, six times
-        config = deepspeed_config(recipe, plan)
         engine = deepspeed.initialize(model=task, optimizer=optimizer, config=config, dist_init_required=False)[0]
     for name, value in buffers.items():  # cast with the weights in some stages; fixed tables stay exact in all
         module, _, leaf = name.rpartition(".")

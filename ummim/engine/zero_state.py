@@ -2,18 +2,22 @@
 
 Float32 master weights and the optimizer's moments lie in tensors of DeepSpeed's own making: flat partitions under
 ZeRO, one tensor a parameter without. ``Fragment`` says where in them a parameter's elements are; saving and restoring
-need no more. Checked with deepspeed 0.19.8, stages 0 to 3 in fp32, bf16 and fp16, and CPU offload.
+need no more. Checked with deepspeed 0.19.8, stages 0 to 3 in fp32, bf16 and fp16, and offload to the CPU and to a disk
+(``nvme``), where these tensors are empty outside of ``in_memory``.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ummim.engine.checkpoint_shards import AVERAGE, BUFFER, FROZEN, MASTER, MOMENTS
+from ummim.engine.nvme import on_disk
 
 if TYPE_CHECKING:
     from ummim.engine.checkpoint_shards import Contents
@@ -37,11 +41,10 @@ class Fragment(NamedTuple):
 
 
 def tensors_to_save(engine: Any) -> dict[str, Tensor]:
-    """What this rank writes into its file, by the keys of ``checkpoint_shards``; live memory, not copies."""
+    """What this rank writes into its file, by the keys of ``checkpoint_shards``; live memory or files, not copies."""
     found = {}
     for fragment in _owned(engine):
-        moments = engine.basic_optimizer.state.get(fragment.flat, {})
-        tensors = {MASTER: fragment.flat, **{kind: moments[kind] for kind in MOMENTS if kind in moments}}
+        tensors = state_of(engine, fragment.flat)
         if engine.average is not None:
             tensors[AVERAGE] = engine.average.of(fragment.flat)
         for kind, tensor in tensors.items():
@@ -50,6 +53,31 @@ def tensors_to_save(engine: Any) -> dict[str, Tensor]:
         found.update({f"{FROZEN}/{name}": value for name, value in engine.frozen.items()})
         found.update({f"{BUFFER}/{name}": value.detach() for name, value in _buffers(engine.module).items()})
     return found
+
+
+def state_of(engine: Any, flat: Tensor) -> dict[str, Tensor]:
+    """Master weights and moments in or beside ``flat``, the optimizer's own tensor, to be read: wherever they are."""
+    moments, swapper = engine.basic_optimizer.state.get(flat, {}), getattr(engine.optimizer, "optimizer_swapper", None)
+    tensors = {MASTER: flat, **{kind: moments[kind] for kind in MOMENTS if kind in moments}}
+    return tensors if swapper is None else on_disk(swapper, flat, tensors)
+
+
+@contextmanager
+def in_memory(engine: Any, flat: Tensor) -> Iterator[None]:
+    """Within it, ``flat`` and its moments can be written to."""
+    wrapped = engine.optimizer
+    group = next((i for i, other in enumerate(_swapped(wrapped)) if other is flat), None)
+    if group is None or not wrapped._swappable_optimizer_subgroup(group):  # the small ones stay in memory
+        yield
+        return
+    wrapped._optimizer_states_and_gradient_swap_in(group)
+    yield
+    wrapped._optimizer_states_and_gradient_swap_out(group)
+
+
+def _swapped(wrapped: Any) -> list[Tensor]:
+    """The optimizer's tensors at stage 3, where they may lie on a disk; else []."""
+    return wrapped.fp32_partitioned_groups_flat if getattr(wrapped, "swap_optimizer", False) else []
 
 
 def tables(engine: Any) -> dict[str, Any]:
@@ -81,20 +109,24 @@ def restore(engine: Any, contents: Contents, saved: dict[str, Any], step: int) -
     inner = engine.basic_optimizer
     kinds = [kind for kind in MOMENTS if kind in contents.kinds]
     average = AVERAGE if AVERAGE in contents.kinds else MASTER  # one that was switched on later begins here
+    by_flat: dict[int, list[Fragment]] = defaultdict(list)
     for fragment in held(engine):
-        name, start, numel = fragment[:3]
-        fragment.of(fragment.flat).copy_(contents.read(MASTER, name, start, numel))
-        if engine.average is not None:
-            fragment.of(engine.average.of(fragment.flat)).copy_(contents.read(average, name, start, numel))
-        if kinds:
-            moments = inner.state[fragment.flat] or _first_moments(inner, fragment.flat, kinds)
-            for kind in kinds:
-                fragment.of(moments[kind]).copy_(contents.read(kind, name, start, numel))
-    for moments in inner.state.values():
-        if "step" in moments:
-            moments["step"].fill_(saved["adam_steps"])
-        for kind in moments.keys() & set(MOMENTS) if not kinds else ():
-            moments[kind].zero_()
+        by_flat[id(fragment.flat)].append(fragment)
+    for fragments in by_flat.values():
+        flat = fragments[0].flat
+        with in_memory(engine, flat):
+            moments = inner.state.get(flat) or (_first_moments(inner, flat, kinds) if kinds else {})
+            for fragment in fragments:
+                name, start, numel = fragment[:3]
+                fragment.of(flat).copy_(contents.read(MASTER, name, start, numel))
+                if engine.average is not None:
+                    fragment.of(engine.average.of(flat)).copy_(contents.read(average, name, start, numel))
+                for kind in kinds:
+                    fragment.of(moments[kind]).copy_(contents.read(kind, name, start, numel))
+            if "step" in moments:
+                moments["step"].fill_(saved["adam_steps"])
+            for kind in moments.keys() & set(MOMENTS) if not kinds else ():
+                moments[kind].zero_()
     for name, buffer in _buffers(engine.module).items():
         buffer.copy_(contents.whole(f"{BUFFER}/{name}"))
     _restore_frozen(engine, contents)
@@ -122,6 +154,8 @@ def full_state_dict(engine: Any) -> dict[str, Tensor]:
     for name, parameter in engine.module.named_parameters(remove_duplicate=False):
         if name in engine.frozen or not parameter.requires_grad:
             value = engine.frozen.get(name)
+        elif _swapped(engine.optimizer):
+            value = _gathered(engine, parameter)
         elif engine.zero_optimization():
             value = safe_get_full_fp32_param(parameter)
         else:
@@ -132,6 +166,14 @@ def full_state_dict(engine: Any) -> dict[str, Tensor]:
         buffers = _buffers(engine.module).items()
         state.update({name: b.detach().to("cpu", copy=True).contiguous() for name, b in buffers})
     return state
+
+
+def _gathered(engine: Any, parameter: Any) -> Tensor:
+    """A trained parameter's master weights; DeepSpeed's way to them reads a whole sub-group for each parameter."""
+    group, offset, numel = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
+    master = state_of(engine, _swapped(engine.optimizer)[group])[MASTER]
+    whole: Tensor = engine.optimizer._fp32_state_allgather(parameter, master.detach().narrow(0, offset, numel))
+    return whole
 
 
 def _trained(module: nn.Module) -> Iterator[tuple[str, Any]]:  # parameters, with DeepSpeed's attributes
@@ -221,8 +263,10 @@ def cast_masters(engine: Any) -> None:
     wrapped, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
         wrapped.checkpoint_event_prologue()
+        if _swapped(wrapped):
+            wrapped.reset_swap_buffers()
         flats = zip(wrapped.fp16_partitioned_groups_flat, wrapped.fp32_partitioned_groups_flat, strict=True)
-        for group, (low, high) in enumerate(flats):
+        for group, (low, high) in enumerate(flats if not _swapped(wrapped) else ()):
             low.data.copy_(high.data)
             wrapped._unflatten_partitioned_parameters(group)
         if wrapped.persistent_parameters:  # small ones stay whole on every rank: cut, to be gathered from the new parts

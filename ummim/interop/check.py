@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ummim import __version__
 from ummim.backbones.sparse_swin import SparseSwin
 from ummim.downstream.classify import Classifier
+from ummim.downstream.probe import Probe
 from ummim.errors import UserError
 from ummim.interop.official import load_official
 from ummim.masking import MaskPlan
@@ -24,6 +25,7 @@ from ummim.methods.api import Method
 from ummim.nn.targets import patchify
 
 TOLERANCE = 1e-5  # of the largest value of an output
+VIT_EPS = 1e-6  # of the norms of timm's ViTs and BEiTs
 SAMPLES = 64  # values of an output that a certificate keeps
 IMAGES = 2
 ARCHITECTURES = (
@@ -86,11 +88,11 @@ def fixed_mask(tokens: int, visible: int, count: int = IMAGES) -> Tensor:
 
 
 @torch.no_grad()
-def our_outputs(model: Method | Classifier, target: Target) -> Outputs:
+def our_outputs(model: Method | Classifier | Probe, target: Target) -> Outputs:
     """What our model makes of the fixed images."""
     model.eval()
     images, outputs = fixed_images(target.image_size), {}
-    if isinstance(model, Classifier):
+    if isinstance(model, Classifier | Probe):
         return {"logits": model(images)}
     if "features" in target.outputs:
         outputs["features"] = tokens_of(model.backbone(), images, target.form == "huggingface")
@@ -186,8 +188,10 @@ def library(target: Target) -> str:
 
 
 def _ours(target: Target, path: Path) -> Outputs:
-    from ummim.interop.load import exported_encoder
+    from ummim.interop.source import exported_encoder, exported_evaluation
 
+    if "logits" in target.outputs:
+        return {"logits": exported_evaluation(path)(fixed_images(target.image_size))}
     return {"features": tokens_of(exported_encoder(path), fixed_images(target.image_size))}
 
 
@@ -195,10 +199,12 @@ def _timm(target: Target, path: Path) -> Outputs:
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     kwargs = json.loads(metadata["kwargs"])
-    if metadata["architecture"].startswith("swin"):
+    if metadata["architecture"].startswith("swin") or float(metadata["norm_eps"]) != VIT_EPS:
         kwargs["norm_layer"] = partial(nn.LayerNorm, eps=float(metadata["norm_eps"]))
     model: Any = timm.create_model(metadata["architecture"], pretrained=False, **kwargs).eval()
     model.load_state_dict(load_file(path), strict=True)
+    if "logits" in target.outputs:
+        return {"logits": model(fixed_images(target.image_size))}
     output = model.forward_features(fixed_images(target.image_size))
     return {"features": output if output.ndim == 3 else output.flatten(1, 2)}
 

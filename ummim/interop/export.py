@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from ummim.atomic import write_text
 from ummim.backbones.sparse_swin import SparseSwin
 from ummim.downstream.classify import Classifier
+from ummim.downstream.probe import Probe
 from ummim.errors import UserError
 from ummim.interop.certificate import (
     IN_FOLDER,
@@ -32,12 +33,14 @@ from ummim.interop.huggingface_classifier import classifier_to_huggingface
 from ummim.interop.model_card import model_card
 from ummim.interop.official import family_of, save_official
 from ummim.interop.official_sizes import official_sizes
-from ummim.interop.timm import export_timm, write_timm
+from ummim.interop.timm import export_timm, save_timm, write_timm
+from ummim.interop.timm_classifier import classifier_to_timm
 from ummim.methods.api import Method
 from ummim.recipe import Recipe
 from ummim.recipe_file import to_dict
 from ummim.run_config import RunConfig
 
+FOLDED = "the probe's normalisation of its features, by their mean and variance in training, is part of the head"
 FORMATS = ("safetensors", "timm", "official", "huggingface")
 
 
@@ -54,7 +57,12 @@ class _Written(NamedTuple):
 
 
 def export(
-    recipe: RunConfig, model: Method | Classifier, checkpoint: Path, out: Path, form: str, encoder_only: bool = False
+    recipe: RunConfig,
+    model: Method | Classifier | Probe,
+    checkpoint: Path,
+    out: Path,
+    form: str,
+    encoder_only: bool = False,
 ) -> Exported:
     """Write ``model`` to ``out``, check it, and write certificate and model card.
 
@@ -72,8 +80,6 @@ def export(
     """
     if encoder_only and form != "huggingface":
         raise UserError(f"--model encoder goes with --format huggingface; --format {form} leaves no choice")
-    if not isinstance(model, Method | Classifier):
-        raise UserError("a probe is a head on an encoder as it was: export the run that the encoder comes from")
     _check_target(out, form)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = out.with_name(f".{out.name}.partial")
@@ -88,7 +94,8 @@ def export(
         line = difference_line(written.target, check)
         if not check["passed"]:
             raise ExportFailed(f"{out}: was not written: {line}")
-        certificate = make_certificate(staged, written.target, written.notes, check, recipe, model.encoder, checkpoint)
+        encoder = model.backbone.encoder if isinstance(model, Probe) else model.encoder
+        certificate = make_certificate(staged, written.target, written.notes, check, recipe, encoder, checkpoint)
         write_text(certificate_path(staged), json.dumps(certificate, indent=2) + "\n")
         run = run_folder(checkpoint)
         evaluation = {} if run is None else read_json(run / "evaluation.json")
@@ -99,19 +106,16 @@ def export(
     return Exported(out, line)
 
 
-def _write(recipe: RunConfig, model: Method | Classifier, staged: Path, form: str, encoder_only: bool) -> _Written:
+def _write(
+    recipe: RunConfig, model: Method | Classifier | Probe, staged: Path, form: str, encoder_only: bool
+) -> _Written:
     """Write the export itself; what was written, for its check."""
     size = recipe.data.image_size
+    if isinstance(model, Classifier | Probe):
+        return _write_evaluation(recipe, model, staged, form)
     if form == "huggingface":
-        converted = _converted(recipe, model, encoder_only)
-        staged.mkdir()
-        write_folder(converted, size, staged)
-        config, outputs = converted.config, _compared(converted.architecture)
-        arguments = converted.arguments | {key: config[key] for key in ("mask_ratio",) if key in config}
-        target = Target(form, converted.architecture, size, arguments, converted.norm_eps, outputs)
-        return _Written(target, converted.notes)
-    if isinstance(model, Classifier):
-        raise UserError(f"a classifier is exported with --format huggingface only, not {form}")
+        assert isinstance(recipe, Recipe)
+        return _write_folder(to_huggingface(model, _hidden_share(recipe), encoder_only), size, staged)
     if form == "official":
         family = family_of(model)
         if family is None:
@@ -128,11 +132,38 @@ def _write(recipe: RunConfig, model: Method | Classifier, staged: Path, form: st
     return _Written(Target(form, type(encoder).__name__, size, {}))
 
 
-def _converted(recipe: RunConfig, model: Method | Classifier, encoder_only: bool) -> HuggingFaceModel:
-    if isinstance(model, Classifier):
-        return classifier_to_huggingface(model, _class_names(recipe))
-    assert isinstance(recipe, Recipe)
-    return to_huggingface(model, _hidden_share(recipe), encoder_only)
+def _write_evaluation(recipe: RunConfig, model: Classifier | Probe, staged: Path, form: str) -> _Written:
+    """A classifier, or a probe: whole in our own format, a linear one elsewhere as a classifier."""
+    size, logits = recipe.data.image_size, ("logits",)
+    if form == "safetensors":
+        tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+        save_file(tensors, staged, {"format": "pt", "ummim_recipe": json.dumps(to_dict(recipe))})
+        return _Written(Target(form, type(model).__name__, size, {}, None, logits))
+    if form == "official":
+        raise UserError("a classifier goes as --format huggingface, timm or safetensors, not official")
+    if isinstance(model, Probe) and model.attentive:
+        raise UserError(
+            f"an attentive probe pools tokens by a query of its own, which no model behind --format {form} does: "
+            "use --format safetensors"
+        )
+    classifier, notes = (model.as_classifier(), (FOLDED,)) if isinstance(model, Probe) else (model, ())
+    if form == "timm":
+        tensors, name, kwargs = classifier_to_timm(classifier)
+        save_timm(classifier, tensors, name, kwargs, staged)
+        return _Written(Target(form, name, size, {}, None, logits), notes)
+    converted = classifier_to_huggingface(classifier, _class_names(recipe))
+    written = _write_folder(converted, size, staged)
+    return written._replace(notes=(*written.notes, *notes))
+
+
+def _write_folder(converted: HuggingFaceModel, size: int, staged: Path) -> _Written:
+    """A folder of transformers."""
+    staged.mkdir()
+    write_folder(converted, size, staged)
+    config, outputs = converted.config, _compared(converted.architecture)
+    arguments = converted.arguments | {key: config[key] for key in ("mask_ratio",) if key in config}
+    target = Target("huggingface", converted.architecture, size, arguments, converted.norm_eps, outputs)
+    return _Written(target, converted.notes)
 
 
 def _class_names(recipe: RunConfig) -> list[str] | None:

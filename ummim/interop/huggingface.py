@@ -18,6 +18,7 @@ from ummim.backbones.sparse_swin import SparseSwin
 from ummim.backbones.table_swin import TOKEN, UNIT, TableSwin
 from ummim.backbones.vit import ViT
 from ummim.data.normalise import IMAGENET_MEAN, IMAGENET_STD
+from ummim.downstream.adapt import eps_of
 from ummim.errors import UserError
 from ummim.interop.huggingface_names import (
     BEIT,
@@ -160,7 +161,7 @@ def vit_config(encoder: ViT | RelativeViT) -> dict[str, Any]:
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "layer_norm_eps": 1e-6,
+        "layer_norm_eps": eps_of(encoder),
     }
 
 

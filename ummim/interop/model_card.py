@@ -65,11 +65,8 @@ def snippet(exported: dict[str, Any]) -> str:
             lines = ["import torch", *lines, "for module in model.modules():"]
             lines += [f"    if isinstance(module, torch.nn.LayerNorm):\n        module.eps = {exported['norm_eps']}"]
         return "\n".join(lines) + "\n"
-    return (
-        "from pathlib import Path\n\n"
-        "from ummim.interop.load import exported_encoder\n\n"
-        f"model = exported_encoder(Path({name!r}))\n"
-    )
+    load = "exported_evaluation" if "logits" in exported["outputs"] else "exported_encoder"
+    return f"from pathlib import Path\n\nfrom ummim.interop.source import {load}\n\nmodel = {load}(Path({name!r}))\n"
 
 
 def _timm_snippet(name: str) -> str:
@@ -83,7 +80,7 @@ def _timm_snippet(name: str) -> str:
         f"with safe_open({name!r}, 'pt') as file:\n"
         "    metadata = file.metadata()\n"
         "kwargs = json.loads(metadata['kwargs'])\n"
-        "if metadata['architecture'].startswith('swin'):\n"
+        "if metadata['architecture'].startswith('swin') or float(metadata['norm_eps']) != 1e-6:\n"
         "    kwargs['norm_layer'] = partial(torch.nn.LayerNorm, eps=float(metadata['norm_eps']))\n"
         "model = timm.create_model(metadata['architecture'], **kwargs).eval()\n"
         f"model.load_state_dict(load_file({name!r}), strict=True)\n"

@@ -60,10 +60,7 @@ def load_official(family: str, checkpoint: str | os.PathLike[str] | Mapping[str,
     constants = kind.constants(model)
     shapes = {official: kind.shape(official, own[ours].shape) for official, ours in names.items()}
     check_keys(family, tensors, {**shapes, **{key: tuple(value.shape) for key, value in constants.items()}})
-    if changed := [
-        key for key, value in constants.items() if not torch.equal(tensors[key], value.to(tensors[key].dtype))
-    ]:
-        raise OfficialError(f"the checkpoint is no {family} of these sizes: fixed tensors differ: {listed(changed)}")
+    check_constants(family, tensors, constants)
     assign(model, tensors, names)
     return model
 
@@ -169,6 +166,13 @@ def _read_file(path: str) -> Mapping[str, Any]:
         return read_checkpoint_file(path)
     except ValueError as error:
         raise OfficialError(f"{path} {error}") from error
+
+
+def check_constants(family: str, tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> None:
+    """Raise OfficialError, naming them, for fixed tensors (indices, masks) that are not what we compute."""
+    changed = [key for key, value in constants.items() if not torch.equal(tensors[key], value.to(tensors[key].dtype))]
+    if changed:
+        raise OfficialError(f"the checkpoint is no {family} of these sizes: fixed tensors differ: {listed(changed)}")
 
 
 def check_keys(family: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -29,9 +29,18 @@ def load_run(path: str | Path) -> tuple[Recipe, Method, Path]:
     """
     checkpoint = find_checkpoint(Path(path))
     recipe = load_recipe(recipe_of(checkpoint))
+    return recipe, method_of(recipe, checkpoint), checkpoint
+
+
+def method_of(recipe: Recipe, checkpoint: Path) -> Method:
+    """A pre-training's method with the weights of a step folder, in eval mode on the CPU in float32.
+
+    Raises:
+        CheckpointError: weights that do not fit the recipe.
+    """
     method = recipe.method.for_inference().build(recipe.data.image_size, recipe.partial, recipe.throw_ratio > 0)
     fill(method, checkpoint, PREFIX)
-    return recipe, method.eval(), checkpoint
+    return method.eval()
 
 
 def recipe_of(checkpoint: Path) -> str:

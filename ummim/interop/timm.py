@@ -100,8 +100,18 @@ def write_timm(model: nn.Module, path: str | os.PathLike[str]) -> None:
         UserError: an encoder that timm has no counterpart of.
         OSError: the file cannot be written.
     """
-    tensors, name, kwargs = export_timm(model)
-    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    save_timm(model, *export_timm(model), path)
+
+
+def save_timm(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    name: str,
+    kwargs: Mapping[str, Any],
+    path: str | os.PathLike[str],
+) -> None:
+    """Write a model's tensors under timm's names, and the timm model that takes them."""
+    contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
     eps = next(str(module.eps) for module in model.modules() if isinstance(module, nn.LayerNorm))
     metadata = {"format": "pt", "architecture": name, "kwargs": json.dumps(kwargs), "norm_eps": eps}
     save_file(contiguous, path, metadata)

@@ -11,7 +11,7 @@ def furthest(masked: np.ndarray, width: int, keep: int, first: int) -> np.ndarra
     """Greedy max-min selection of ``keep`` of the ids ``masked`` (M,), in the order of selection.
 
     ``first`` is a position in ``masked``. Each round keeps the token with the largest Euclidean distance to its
-    nearest kept one; ties go to the first in the list. Squared integer distances: exact, O(keep * M).
+    nearest kept one; ties go to the first in the list. Squared integer distances, below 2**31: exact, O(keep * M).
     """
     count = masked.shape[0]
     kept = np.empty(keep, np.int64)
@@ -26,14 +26,14 @@ def furthest(masked: np.ndarray, width: int, keep: int, first: int) -> np.ndarra
         kept[k] = masked[current]
         row, col = rows[current], cols[current]
         gap[current] = -1
-        for i in range(count):  # branch-free, so that the compiler vectorises it
-            dr, dc = rows[i] - row, cols[i] - col
-            gap[i] = min(gap[i], dr * dr + dc * dc)
         best = np.int32(-1)
-        for i in range(count):
-            if gap[i] > best:
-                best = gap[i]
-                current = i
+        for i in range(count):  # branch-free, so that the compiler vectorises it
+            dr, dc = np.int32(rows[i] - row), np.int32(cols[i] - col)
+            gap[i] = min(gap[i], np.int32(dr * dr + dc * dc))
+            best = max(best, gap[i])
+        current = 0
+        while gap[current] != best:
+            current += 1
     return kept
 
 

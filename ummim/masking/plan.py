@@ -82,7 +82,14 @@ class MaskPlan:
         samples: Sequence[SamplePlan], grid: tuple[int, int], compact: bool = False, shared: bool = False
     ) -> "MaskPlan":
         """Collate the plans of a batch, all with the same counts; ``shared`` says that they are one and the same."""
-        visible, secondary, kept, thrown = (torch.from_numpy(np.stack(ids)) for ids in zip(*samples, strict=True))
+        return MaskPlan.of([np.stack(ids) for ids in zip(*samples, strict=True)], grid, compact, shared)
+
+    @staticmethod
+    def of(
+        parts: Sequence[np.ndarray], grid: tuple[int, int], compact: bool = False, shared: bool = False
+    ) -> "MaskPlan":
+        """The plan of a batch from the four parts of a ``SamplePlan``, each (B, n); see ``stack``."""
+        visible, secondary, kept, thrown = (torch.from_numpy(part) for part in parts)
         host = tuple(visible[0].tolist()) if shared else None
         return MaskPlan(grid, visible, secondary, kept, thrown, compact, host)
 

@@ -1,4 +1,4 @@
-"""Mask samplers, run in the data workers: one compiled call draws the whole plan of a sample.
+"""Mask samplers, run in the data workers: one compiled call draws the plans of a batch.
 
 Randomness is counter-based: draw ``i`` of a sample is a hash of (its 64-bit seed, i), and the seed is a hash of
 (run seed, epoch, sample key). A plan is therefore a pure function of these, whatever the ranks and workers.
@@ -70,7 +70,8 @@ def _fill(tokens: np.ndarray, square: int, across: int, side: int) -> None:
     width = across * side
     corner = square // across * side * width + square % across * side
     for row in range(side):
-        tokens[corner + row * width : corner + row * width + side] = True
+        for token in range(corner + row * width, corner + row * width + side):  # a slice costs more than its tokens
+            tokens[token] = True
 
 
 @compiled
@@ -109,9 +110,10 @@ def _draw(
     masked = np.flatnonzero(~is_visible)
     if thrown_count == 0:
         return visible, secondary, masked, masked[:0]
-    across = width // throw_unit
-    corners = masked[(masked // width % throw_unit == 0) & (masked % width % throw_unit == 0)]
-    squares = corners // width // throw_unit * across + corners % width // throw_unit  # ids on their own grid
+    across, squares = width // throw_unit, masked.copy()
+    if throw_unit > 1:
+        corners = masked[(masked // width % throw_unit == 0) & (masked % width % throw_unit == 0)]
+        squares = corners // width // throw_unit * across + corners % width // throw_unit  # ids on their own grid
     keep = squares.shape[0] - thrown_count // throw_unit**2
     if by_distance:
         first = 0
@@ -126,6 +128,25 @@ def _draw(
         _fill(is_visible, square, across, throw_unit)
     kept = masked[is_visible[masked]]
     return visible, secondary, kept, np.flatnonzero(~is_visible)
+
+
+@compiled
+def _draw_all(
+    seeds: np.ndarray, height: int, width: int, uniform: bool, unit: int, visible_count: int, hidden_count: int,
+    thrown_count: int, throw_unit: int, by_distance: bool, random_ties: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """The plans of (B,) seeds, a row each: a call and its arrays cost more than a plan."""
+    count = seeds.shape[0]
+    visible = np.empty((count, visible_count), np.int64)
+    secondary = np.empty((count, visible_count), np.bool_)
+    kept = np.empty((count, height * width - visible_count - thrown_count), np.int64)
+    thrown = np.empty((count, thrown_count), np.int64)
+    for i in range(count):
+        visible[i], secondary[i], kept[i], thrown[i] = _draw(
+            seeds[i], height, width, uniform, unit, visible_count, hidden_count, thrown_count, throw_unit,
+            by_distance, random_ties,
+        )  # fmt: skip
+    return visible, secondary, kept, thrown
 
 
 class PlanSampler:
@@ -166,16 +187,18 @@ class PlanSampler:
             raise ValueError(f"throwing ratio {throw_ratio} leaves no kept token at mask ratio {config.ratio}")
         if not 0 <= self.secondary_count < self.visible_count:
             raise ValueError(f"secondary ratio {config.secondary_ratio} leaves no visible token unreplaced")
+        self._drawn = (
+            h, w, self.compact, config.unit, self.visible_count, self.secondary_count, self.thrown_count,
+            config.throw_unit, config.throwing == "furthest", config.ties == "random",
+        )  # fmt: skip
 
     def __call__(self, seed: int) -> SamplePlan:
-        h, w = self.grid
-        return SamplePlan(
-            *_draw(
-                np.uint64(seed), h, w, self.compact, self.config.unit, self.visible_count, self.secondary_count,
-                self.thrown_count, self.config.throw_unit, self.config.throwing == "furthest",
-                self.config.ties == "random",
-            )
-        )  # fmt: skip
+        return SamplePlan(*_draw(np.uint64(seed), *self._drawn))
+
+    def batch(self, seeds: Sequence[int]) -> MaskPlan:
+        """The plans of samples by their seeds, as ``stack`` puts them together; faster than one after the other."""
+        parts = _draw_all(np.array(seeds, np.uint64), *self._drawn)
+        return MaskPlan.of(parts, self.grid, self.compact, self.shared)
 
     def seed(self, seed: int, epoch: int, key: str, position: int) -> int:
         """64-bit seed of a sample's mask: a hash of its key or, where masks are shared, of its group's number.
@@ -191,4 +214,4 @@ class PlanSampler:
 
     def warm_up(self) -> None:
         """Compile now, in the parent, so that forked workers start warm."""
-        self(0)
+        self.batch([0])

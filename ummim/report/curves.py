@@ -21,13 +21,13 @@ TRAINING = {
     "loss": Style("Loss", noisy=True, scales=True),
     "lr": Style("Learning rate", from_zero=True),
     "grad_norm": Style("Gradient norm", from_zero=True, noisy=True, scales=True),
-    "train_top1": Style("Top-1 on the training batch", noisy=True),
+    "train_top1": Style("Top-1 on the training batch (%)", noisy=True),
 }
 EVALUATION = {
     "val_loss": Style("Validation loss", scales=True),
-    "val_top1": Style("Validation top-1"),
-    "val_top5": Style("Validation top-5"),
-    "knn_top1": Style("k-NN top-1"),
+    "val_top1": Style("Validation top-1 (%)"),
+    "val_top5": Style("Validation top-5 (%)"),
+    "knn_top1": Style("k-NN top-1 (%)"),
 }
 MACHINE = {
     "images_per_second": Style("Images per second, all ranks", from_zero=True, noisy=True),

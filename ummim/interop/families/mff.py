@@ -41,7 +41,7 @@ def build(tensors: Tensors, sizes: Sizes) -> mff.MFF:
     Raises:
         OfficialError: sizes that do not fit each other.
     """
-    alike = {_mae_name(key): tensor for key, tensor in tensors.items()}
+    alike = {mae_name(key): tensor for key, tensor in tensors.items()}
     encoder = mae.vit_config(alike, sizes)
     every = shape_of(alike, "proj_weights", 0) == encoder.depth  # then there is no choice
     config = mff.Config(
@@ -57,16 +57,17 @@ def build(tensors: Tensors, sizes: Sizes) -> mff.MFF:
 
 def names(model: mff.MFF) -> dict[str, str]:
     """{official key: our key}, in the official order."""
-    return {_in_block(official): ours for official, ours in rename(model, PREFIXES).items()}
+    return {in_block(official): ours for official, ours in rename(model, PREFIXES).items()}
 
 
-def _in_block(name: str) -> str:
+def in_block(name: str) -> str:
+    """mmpretrain's name of a tensor in a block."""
     for timm, mmpretrain in IN_BLOCKS:
         name = name.replace(timm, mmpretrain)
     return name
 
 
-def _mae_name(official: str) -> str:
+def mae_name(official: str) -> str:
     """MAE's name of a key, where sizes are read off its tensor."""
     for timm, mmpretrain in IN_BLOCKS:
         official = official.replace(mmpretrain, timm)

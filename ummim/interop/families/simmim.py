@@ -142,14 +142,14 @@ def vit_unsaid(model: SimMIM) -> str:
     return f"method.encoder.{option}: the official ViT has a table of relative positions, and no other"
 
 
-def swin_constants(model: SimMIM) -> dict[str, Tensor]:
+def swin_constants(model: Any) -> dict[str, Tensor]:
     """Every block's index (n, n) int64, and every shifted block's mask (nW, n, n)."""
     encoder: Any = model.encoder
     fixed = position_indices(model)
     for s, layer in enumerate(encoder.layers):
         side = encoder.image_size // TOKEN // 2**s
         if layer.window < side:
-            mask = shift_mask(side, side, layer.window, layer.window // 2, CPU).to(encoder.mask_token.dtype)
+            mask = shift_mask(side, side, layer.window, layer.window // 2, CPU).to(next(encoder.parameters()).dtype)
             mask = mask + 0.0  # no negative zeros: a saved file is the official one to the byte
             fixed |= {f"encoder.layers.{s}.blocks.{b}.attn_mask": mask for b in range(1, len(layer.blocks), 2)}
     return fixed

@@ -1,0 +1,267 @@
+"""Weights to start from, of any kind, as an encoder of ours: the one place that both ``init`` of a pre-training and
+``classify.weights`` of an evaluation read.
+
+What can be read: a run's folder or one of its checkpoints, of a pre-training or an evaluation; what ``ummim export``
+wrote; a folder of transformers; a file of timm's; an official file, of a pre-training or fine-tuned.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ummim.backbones.sparse_swin import PatchMerging
+from ummim.checkpoint_file import key_faults, listed, read_checkpoint_file
+from ummim.downstream.adapt import Encoder, Pretrained
+from ummim.downstream.classify import Classifier
+from ummim.downstream.probe import Probe
+from ummim.downstream.recipe import ClassifyRecipe
+from ummim.downstream.task import build_model, encoder_from_scratch
+from ummim.downstream.trained import load_any
+from ummim.engine.checkpoint import MANIFEST, STATE
+from ummim.errors import UserError
+from ummim.interop.certificate import certificate_path, read_json
+from ummim.interop.classifier import CLASSIFIERS, fine_tuned_classes, load_official_classifier
+from ummim.interop.from_huggingface import from_huggingface, weights_file
+from ummim.interop.from_timm import from_timm, is_timm
+from ummim.interop.huggingface import CONFIG
+from ummim.interop.official import FAMILIES, assign, check_keys, load_official, read_checkpoint
+from ummim.interop.sizes import SPELLINGS, collect_sizes
+from ummim.methods.api import Method
+from ummim.recipe import Recipe
+from ummim.recipe_file import build_recipe
+
+RECIPE = "ummim_recipe"  # of an exported file's metadata
+
+
+class Source(NamedTuple):
+    """What is at a path.
+
+    Attributes:
+        form: run, export, official, huggingface or timm.
+        what: it, in a few words.
+        recipe: name of the recipe, the official family, or the class of another library.
+        encoder: ours, with the weights, on the CPU.
+        rest: other tensors, under the names of the method that they are of.
+        left: names, there, of tensors that have no place in any method.
+        step: of a run.
+        identity: the file by whose hash the source is known.
+    """
+
+    form: str
+    what: str
+    recipe: str
+    encoder: Pretrained
+    rest: dict[str, Tensor]
+    left: list[str]
+    step: int | None
+    identity: Path
+
+
+def read_source(path: Path, family: str | None, sizes: Mapping[str, Any], whole: bool = False) -> Source:
+    """The encoder at ``path``, and what else is there.
+
+    Args:
+        path: a file or a folder.
+        family: of an official file, a key of ``FAMILIES``; else None.
+        sizes: of an official file, where the tensors do not tell: see ``load_official``.
+        whole: of an official pre-training with its decoder, read that, too.
+
+    Raises:
+        UserError: nothing there, something else, or tensors and sizes that do not fit each other.
+    """
+    if path.is_dir():
+        if family is not None:
+            raise UserError(f"{path}: family = {family!r} is for official files; a folder says what it is")
+        return _huggingface(path) if (path / CONFIG).is_file() else _run(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file or folder; name a run, a folder of transformers, or a file of ummim "
+                        "export, timm or an official code")  # fmt: skip
+    if family is not None:
+        return _official(path, family, sizes, whole)
+    tensors, metadata = _read_file(path)
+    if RECIPE in metadata:
+        return _exported(path, tensors, metadata)
+    if not is_timm(tensors):
+        raise UserError(
+            f"{path}: is neither of ummim export nor a timm ViT, BEiT or Swin (it holds {listed(list(tensors), 3)}); "
+            f"of an official file, name the family: one of {', '.join(FAMILIES)}"
+        )
+    try:
+        found = from_timm(tensors, metadata, str(path))
+    except UserError as error:
+        raise UserError(f"{error}; of an official file, name the family") from None
+    return Source("timm", found.what, found.what, found.encoder, found.rest, found.left, None, path)
+
+
+def exported_encoder(path: Path) -> Pretrained:
+    """The encoder of a safetensors file that ``ummim export`` wrote, on the CPU, in eval mode.
+
+    Raises:
+        UserError: a file of another kind, or tensors that do not fit its recipe.
+    """
+    tensors, metadata = _read_file(path)
+    if RECIPE not in metadata:
+        raise UserError(f"{path}: holds no recipe: it was not written by ummim export --format safetensors")
+    return _exported(path, tensors, metadata).encoder.eval()
+
+
+def exported_evaluation(path: Path) -> Classifier | Probe:
+    """The classifier or probe of a safetensors file that ``ummim export`` wrote, on the CPU, in eval mode.
+
+    Raises:
+        UserError: a file of another kind, or tensors that do not fit its recipe.
+    """
+    tensors, metadata = _read_file(path)
+    recipe = _recipe(path, metadata) if RECIPE in metadata else None
+    if not isinstance(recipe, ClassifyRecipe):
+        raise UserError(f"{path}: holds no evaluation: it was not written by ummim export of one")
+    return _evaluation(path, recipe, tensors)
+
+
+def _run(path: Path) -> Source:
+    recipe, model, checkpoint = load_any(path)
+    encoder, rest, left = _split(model) if isinstance(model, Classifier | Probe) else (*_parts(model), [])
+    step = json.loads((checkpoint / STATE).read_text())["step"] if (checkpoint / STATE).is_file() else None
+    what = f"run {checkpoint.name} of"
+    return Source("run", what, recipe.name, encoder, rest, left, step, checkpoint / MANIFEST)
+
+
+def _parts(method: Method) -> tuple[Any, dict[str, Tensor]]:
+    """The encoder, and the other tensors but those of a frozen teacher."""
+    frozen = method.frozen()
+    teacher = [f"{name}." for name, child in method.named_children() if child is frozen]
+    outside = ("encoder.", *teacher)
+    return method.encoder, {key: value for key, value in method.state_dict().items() if not key.startswith(outside)}
+
+
+def _split(model: Classifier | Probe) -> tuple[Encoder, dict[str, Tensor], list[str]]:
+    """The encoder of an evaluation's model, nothing of a method, and the names of what is left."""
+    classifier, prefix = (model, "") if isinstance(model, Classifier) else (model.backbone, "backbone.")
+    return classifier.encoder, {}, [key for key in model.state_dict() if not key.startswith(f"{prefix}encoder.")]
+
+
+def _recipe(path: Path, metadata: Mapping[str, str]) -> Recipe | ClassifyRecipe:
+    try:
+        return build_recipe(json.loads(metadata[RECIPE]), {}, path)
+    except (ValueError, UserError) as error:
+        raise UserError(f"{path}: its metadata hold no recipe of this version: {error}") from None
+
+
+def _evaluation(path: Path, recipe: ClassifyRecipe, tensors: dict[str, Tensor]) -> Classifier | Probe:
+    model = build_model(recipe, encoder_from_scratch(recipe))
+    if faults := key_faults(tensors, {key: tuple(value.shape) for key, value in model.state_dict().items()}):
+        raise UserError(f"{path}: the tensors do not fit its recipe: {faults}")
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def _exported(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Source:
+    recipe = _recipe(path, metadata)
+    if isinstance(recipe, ClassifyRecipe):
+        parts = _split(_evaluation(path, recipe, tensors))
+        return Source("export", "exported evaluation", recipe.name, *parts, None, path)
+    method = recipe.method.for_inference().build(recipe.data.image_size, recipe.partial, recipe.throw_ratio > 0)
+    encoder: Any = method.backbone()
+    if faults := key_faults(tensors, {key: tuple(value.shape) for key, value in encoder.state_dict().items()}):
+        raise UserError(f"{path}: the tensors do not fit its recipe: {faults}")
+    encoder.load_state_dict(tensors)
+    return Source("export", "exported encoder", recipe.name, encoder, {}, [], None, path)
+
+
+def _huggingface(path: Path) -> Source:
+    found = from_huggingface(path)
+    return Source(
+        "huggingface", found.what, found.what, found.encoder, found.rest, found.left, None, weights_file(path)
+    )
+
+
+def _official(path: Path, family: str, sizes: Mapping[str, Any], whole: bool) -> Source:
+    if family not in FAMILIES:
+        raise UserError(f"{path}: family = {family!r} is not supported; supported are: {', '.join(FAMILIES)}")
+    rest: dict[str, Tensor] = {}
+    encoder: Any
+    try:
+        tensors, args = read_checkpoint(path)
+        if (classes := fine_tuned_classes(family, tensors)) is not None:
+            known = {key: value for key, value in sizes.items() if not whole or _is_size(family, key)}
+            encoder = load_official_classifier(family, tensors, classes, **known).encoder
+            left = [key for key in tensors if key.startswith(CLASSIFIERS[family].head)]
+        elif whole and _has_decoder(family, tensors):
+            encoder, rest = _parts(load_official(family, tensors, **sizes))
+            left = []
+        else:
+            encoder, used = _encoder_of(family, tensors, args, sizes)
+            left = [key for key in tensors if key not in used]
+    except ValueError as error:  # OfficialError
+        raise UserError(f"{path}: {error}") from None
+    _order_merges(encoder, path)
+    return Source("official", f"official {family}", family, encoder, rest, left, None, path)
+
+
+def _is_size(family: str, name: str) -> bool:
+    """Whether a fine-tuned model of the family has this size, too."""
+    return SPELLINGS.get(name, name) in CLASSIFIERS[family].sizes
+
+
+def _order_merges(encoder: Any, path: Path) -> None:
+    """Take the order of 2x2 tokens from a certificate beside an official file: of an export of ours, it may be the
+    official fine-tuning's, which the tensors do not tell."""
+    certified = read_json(certificate_path(path)).get("recipe", {}).get("method", {})
+    if "row_major_merge" in certified:
+        for module in encoder.modules():
+            if isinstance(module, PatchMerging):
+                module.row_major = bool(certified["row_major_merge"])
+
+
+def _has_decoder(family: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether any tensor is of what an official encoder's file lacks."""
+    parts = ("decoder", "mask_token", "neck.", "hog_enc")
+    return any(key.startswith(parts) for key in tensors if not (family.startswith("um_simmim") and key == "mask_token"))
+
+
+def _encoder_of(
+    family: str, tensors: Mapping[str, Tensor], args: Mapping[str, Any], sizes: Mapping[str, Any]
+) -> tuple[Pretrained, set[str]]:
+    """The encoder of the family's model, and the official keys that it uses; the decoder, which many published files
+    lack, is not looked at. Raises OfficialError."""
+    kind = FAMILIES[family]
+    collected = collect_sizes(family, kind.sizes, sizes, args, kind.norm_pix)
+    collected.setdefault("decoder_num_heads", 1)  # which fits every decoder
+    with torch.device("meta"):  # shapes only
+        model: Any = kind.build(tensors, collected)
+    names = {official: ours for official, ours in kind.names(model).items() if ours.startswith("encoder.")}
+    own, sections = model.state_dict(), {_section(key) for key in names}
+    fixed = {key for key in kind.constants(model) if _section(key) in sections}
+    given = {key: value for key, value in tensors.items() if _section(key) in sections and key not in fixed}
+    check_keys(f"{family}'s encoder", given, {key: kind.shape(key, own[ours].shape) for key, ours in names.items()})
+    assign(model.encoder, tensors, {key: ours.removeprefix("encoder.") for key, ours in names.items()})
+    return model.encoder, {*names, *fixed}
+
+
+def _section(key: str) -> str:
+    """The part of a model that an official key belongs to, such as ``blocks`` or ``encoder.layers``."""
+    parts = key.split(".")
+    return ".".join(parts[: 2 if parts[0] in ("encoder", "backbone") else 1])
+
+
+def _read_file(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """The tensors of a file, bare or under ``model`` or ``state_dict``, and its metadata."""
+    metadata: Mapping[str, str] = {}
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+            return load_file(path), metadata
+        held = read_checkpoint_file(str(path))
+    except SafetensorError as error:
+        raise UserError(f"{path}: cannot be read as safetensors: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} {error}") from None
+    inner: Any = next((held[key] for key in ("model", "state_dict") if isinstance(held.get(key), Mapping)), held)
+    return {key: tensor for key, tensor in inner.items() if isinstance(tensor, Tensor)}, metadata
