@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ummim.downstream.evaluate import Accuracy, lacks_evaluation, rank_of_label, summed, write_evaluation
 from ummim.downstream import knn
+from ummim.downstream.evaluate import Accuracy, lacks_evaluation, rank_of_label, summed, write_evaluation
 from ummim.downstream.knn import Features, by_row, greatest, nearest, vote
 from ummim.downstream.recipe import ClassifyConfig
 from ummim.engine import zero

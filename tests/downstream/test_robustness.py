@@ -281,7 +281,7 @@ def test_the_commands_mistakes_are_one_message(tmp_path: Path, capsys: pytest.Ca
         ([model, *mae], "name at least one set: --val DIR, --imagenet-a DIR"),
         ([model, *mae, *sketch, "--batch", "0"], "--batch 0: must be at least 1"),
         ([model, *sketch], "--family is missing; say of which the file is, one of mae_vit"),
-        ([model, *sketch, "--family", "mff_vit"], "--family mff_vit has no classifier"),
+        ([model, *sketch, "--family", "dino_vit"], "--family dino_vit has no classifier"),
         ([model, *mae, *sketch], "has 5 classes, ImageNet-1K 1000; name them with --classes"),
         ([model, *mae, *sketch, "--classes", "/nowhere"], "/nowhere: cannot be read"),
         ([model, *mae, *sketch, "--classes", str(tmp_path / "twice.txt")], "must name the classes, each once"),
