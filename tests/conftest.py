@@ -1,7 +1,6 @@
 """What every test shares: one thread per process (two cores, many processes) and a place for tiny recipes."""
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,16 +72,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
-    """torch.compile that has compiled nothing. Coverage looks away: the compiler takes two to three times as long
-    when it is watched, and the lines it compiles run in other tests as well."""
+    """torch.compile that has compiled nothing."""
     import torch
 
-    tracer = sys.gettrace()
-    sys.settrace(None)
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-    sys.settrace(tracer)
+
+
+@pytest.fixture
+def plain_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own linear: a ZeRO-3 engine that this process had in another test leaves one that counts otherwise."""
+    import torch
+
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
 
 
 @pytest.fixture

@@ -17,8 +17,6 @@ from pathlib import Path
 
 from ummim.engine.zero import RENDEZVOUS
 
-LEFT_OUT = (*RENDEZVOUS, "COVERAGE_PROCESS_CONFIG")  # nor do guardians, which are processes again, count their lines
-
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
@@ -26,14 +24,14 @@ _CONTEXT.set_forkserver_preload(["tests.preloaded"])
 class Job:
     """``python WORDS...``: a file and its arguments, or ``-m``, a module and its arguments.
 
-    It has this process's environment without coverage's and a launcher's variables, and with those of ``rendezvous``.
+    It has this process's environment without a launcher's variables, and with those of ``rendezvous``.
     """
 
     def __init__(self, words: Sequence[object], cwd: Path, rendezvous: Mapping[str, str] | None = None) -> None:
         self.words = [str(word) for word in words]
         self._folder = tempfile.TemporaryDirectory()
         self._files = tuple(str(Path(self._folder.name) / name) for name in ("stdout", "stderr"))
-        kept = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
+        kept = {name: value for name, value in os.environ.items() if name not in RENDEZVOUS}
         env = {**kept, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(rendezvous or {})}
         arguments = (self.words, str(cwd), env, self._files)
         self._process = _CONTEXT.Process(target=_become, args=arguments)

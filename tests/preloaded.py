@@ -1,17 +1,9 @@
-"""What the server of ``tests.forked`` imports before it forks: what a training run imports sooner or later.
-
-A fork ends without writing down which lines it ran; coverage would only make it a half slower.
-"""
+"""What the server of ``tests.forked`` imports before it forks: what a training run imports sooner or later."""
 
 import os
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"
-
-import coverage  # noqa: E402
-
-if (measurement := coverage.Coverage.current()) is not None:
-    measurement.stop()
 
 import deepspeed  # noqa: E402, F401
 import deepspeed.runtime.zero.muon.original_muon  # noqa: E402, F401  (the first engine under ZeRO imports it)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.conftest import ROOT
 from ummim.__main__ import main
@@ -141,9 +140,8 @@ def test_a_pass_is_noted_and_never_lowers_a_status(tmp_path: Path) -> None:
         record("mine.yaml", "abc", path)
 
 
-def test_days_and_hours_are_those_of_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
-    # An engine of ZeRO-3, in a test that this process ran before, leaves another linear behind, which counts more.
-    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
+@pytest.mark.usefixtures("plain_linear")
+def test_days_and_hours_are_those_of_capacity() -> None:
     cluster = Cluster(2, 4, find_gpu("H100", None, None, None), Assumptions())
     (entry,) = (entry for entry in catalogue(cluster) if entry.recipe == "quickstart")
     run = report(load_recipe("quickstart"), cluster, asynchronous=True)["run"]

@@ -38,6 +38,8 @@ from ummim.masking import sample_seed
 from ummim.recipe import Recipe
 from ummim.recipe_file import load_recipe
 
+pytestmark = pytest.mark.usefixtures("plain_linear")
+
 
 def forward_multiply_adds(recipe: Recipe) -> float:
     """Of an image: ``cost`` counts much more."""

@@ -11,6 +11,8 @@ from ummim.__main__ import main
 from ummim.cost import SwapAttention, build_on_meta, cost, count_flops, meta_inputs, plain_attention
 from ummim.recipe_file import load_recipe
 
+pytestmark = pytest.mark.usefixtures("plain_linear")
+
 TEC = """
 method: {name: tec, teacher: {checkpoint: nowhere.pth}}
 data: {shards: SHARDS, image_size: 224}

@@ -20,12 +20,7 @@ from ummim.data import ShardIndex
 
 BAD = 13  # row
 BIN = Path(sys.executable).parent
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "PATH": f"{BIN}:{os.environ['PATH']}",
-    "COVERAGE_PROCESS_CONFIG": "",  # under coverage, a launcher and its ranks are a half slower to start
-}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from ummim.cost import report
 from ummim.downstream.recipe import ClassifyRecipe
 from ummim.recipe_file import load_recipe, packaged_evaluations, packaged_recipes
 
+pytestmark = pytest.mark.usefixtures("plain_linear")
+
 
 def test_every_recipe_has_its_cost() -> None:
     assert sorted(json.loads(COSTS.read_text())) == sorted([*packaged_recipes(), *packaged_evaluations()])

@@ -134,7 +134,7 @@ def test_launchers_run_the_same_job_on_two_ranks(shards: Path, write_recipe: Any
     }
     for name, launcher in launchers.items():
         words = [BIN / launcher[0], *launcher[1:], "train.py", recipe, f"output={tmp_path / name}", "max_steps=5"]
-        result = run(*words, COVERAGE_PROCESS_CONFIG="")  # seven processes, a half slower to start under coverage
+        result = run(*words)
         assert result.returncode == 0, result.stdout + result.stderr
         state = json.loads((tmp_path / name / "checkpoints" / "step-5" / "state.json").read_text())
         assert state["world_size"] == 2

@@ -16,7 +16,6 @@ from tests import forked
 from ummim.engine import zero
 
 ROOT = Path(__file__).parents[2]
-UNMEASURED = {"COVERAGE_PROCESS_CONFIG": ""}  # coverage would make importing torch and DeepSpeed a half slower
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -45,7 +44,7 @@ def run_ranks(ranks: int, module: str, arguments: Any) -> list[subprocess.Comple
 
 
 def execute(words: list[str], **extra: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, env=environment(**UNMEASURED, **extra), capture_output=True, text=True, timeout=500)
+    return subprocess.run(words, env=environment(**extra), capture_output=True, text=True, timeout=500)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.conftest import UNMEASURED, losses
+from tests.engine.conftest import losses
 from tests.engine.processes import HANG, Group, two_ranks
 from ummim.engine import checkpoint
 from ummim.engine.watchdog import AGREE, FIRST, FORWARD, READ, SAVE, SLOW, Watchdog
@@ -198,7 +198,7 @@ def launch(launcher: str, folder: Path, fault: dict[str, Any] | None = None, **r
         words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tests.engine.job"]
     else:
         words = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--module", "tests.engine.job"]
-    return Group(folder, [[sys.executable, *words, arguments]], **UNMEASURED)
+    return Group(folder, [[sys.executable, *words, arguments]])
 
 
 def find(group: Group, *words: str) -> int:
