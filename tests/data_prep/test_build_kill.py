@@ -6,11 +6,13 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from data_prep import build as building
 from data_prep import journal
@@ -59,6 +61,7 @@ def run(*arguments: object) -> int:
 
 
 def _build(src: Path, dst: Path, options: tuple[str, ...]) -> None:
+    tqdm.set_lock(threading.RLock())  # its own: killed with the one it shares, it would hold that for ever
     sys.exit(main(["build", str(src), str(dst), "--shard-count", "5", "--max-bad", "0.1", *options]))
 
 
