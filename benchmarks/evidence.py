@@ -34,7 +34,8 @@ from ummim.atomic import write_text
 from ummim.cost import build_on_meta, cost, meta_inputs
 from ummim.methods.amt import AMT
 from ummim.recipe import Recipe
-from ummim.recipe_file import load_recipe
+from ummim.recipe_file import dump_recipe, load_recipe
+from ummim.run_config import RunConfig
 
 RECIPES = Path(__file__).with_name("evidence")
 METHODS = ("mae", "pr_mae", "simmim", "um_mae", "green_mim", "local_mim", "mff", "tec", "amt")
@@ -53,23 +54,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="every method at an equal compute budget, fine-tuned and probed")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each (default: 1)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="data, runs and logs")
-    parser.add_argument("--output", type=Path, default=Path("docs/results/evidence.json"), help="the results")
+    parser.add_argument("--runs", type=Path, help="data, runs and logs (default: runs/evidence)")
+    parser.add_argument("--output", type=Path, help="the results (default: results.json there)")
     parser.add_argument("--smoke", action="store_true", help="three steps of everything; the numbers mean nothing")
     args = parser.parse_args()
-    runs = args.runs.resolve()
+    runs = (args.runs or Path("runs/evidence_smoke" if args.smoke else "runs/evidence")).resolve()
+    output = args.output or runs / "results.json"
     test = 100 if args.smoke else 2000
     sets = [
         fashion(runs / "data/fashion", args.seeds, IMAGES, 200, test),
         clipart(runs / "data/clipart", args.seeds, IMAGES, 15, 60),
     ]
+    sizes = [{"name": data.name, "classes": data.classes, "epochs": data.epochs} for data in sets]
     begun, results = time.monotonic(), list[dict[str, Any]]()
     tasks = [(data, seed, row) for seed in range(args.seeds) for data in sets for row in (*CONTROLS, *METHODS)]
     with ThreadPoolExecutor(args.jobs) as pool:
         for task in [pool.submit(run, runs, *each, SMOKE if args.smoke else {}) for each in tasks]:
             results.append(task.result())
-            told = {**provenance(), "budget": BUDGET, "images": IMAGES, "sets": [asdict(data) for data in sets]}
-            write_text(args.output, json.dumps({**told, "rows": results}, indent=1, default=str) + "\n")
+            told = {**provenance(), "budget": BUDGET, "images": IMAGES, "sets": sizes}
+            write_text(output, json.dumps({**told, "rows": results}, indent=1, default=str) + "\n")
             row = results[-1]
             print(f"{time.monotonic() - begun:6.0f} s {row['set']:8} seed {row['seed']} {row['row']:12} "
                   f"fine-tuned {row['fine_tuned']:.1f} linear {row['linear']:.1f}", flush=True)  # fmt: skip
@@ -93,7 +96,7 @@ def run(runs: Path, data: Set, seed: int, row: str, more: Words) -> dict[str, An
             "classify.weights": weights,
             "classify.encoder": encoder(CONTROLS.get(row, row)),
         }
-        train(name, values, folder / name / "evaluation.json")
+        train(name, values)
         result[key] = json.loads((folder / name / "evaluation.json").read_text())["top1"]
     return result
 
@@ -104,13 +107,13 @@ def pretrain(row: str, folder: Path, data: Set, own: Words) -> float:
     if row == "tec":
         teacher, file = folder / "teacher", folder / "teacher.safetensors"
         epochs, spent = epochs_for("mae", BUDGET / 2)
-        train("mae", common | {"epochs": epochs, "output": str(teacher)}, file.with_suffix(".done"))
+        train("mae", common | {"epochs": epochs, "output": str(teacher)})
         if not file.exists():
             command(["-m", "ummim", "export", str(teacher), str(file), "--format", "timm"], folder / "export.log")
         common |= {"method.teacher.checkpoint": str(file)}
     epochs, last = epochs_for(row, BUDGET - spent)
     values = common | {"epochs": epochs, "output": str(folder / "pretraining")}
-    train(row, values, folder / "pretraining.done")
+    train(row, values)
     return spent + last
 
 
@@ -164,15 +167,17 @@ def map_flops(row: str) -> float:
     return counter.get_total_flops() / len(images)
 
 
-def train(name: str, values: Words, done: Path) -> None:
-    """``python train.py RECIPE key=value ...``, unless the file ``done`` tells that it has run to its end."""
-    if done.exists():
-        return
+def train(name: str, values: Words) -> None:
+    """``python train.py RECIPE key=value ...``, unless that has run to its end, as a file beside its folder tells."""
+    path, place = RECIPES / f"{name}.yaml", Path(values["output"])
     words = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    log = Path(values["output"]).with_suffix(".log")
-    command(["train.py", str(RECIPES / f"{name}.yaml"), *words], log)
-    if done.suffix == ".done":
-        done.touch()
+    resolved = dump_recipe(load_recipe(str(path), words, RunConfig))
+    done = place.with_suffix(".done")
+    if not done.exists():
+        command(["train.py", str(path), *words], place.with_suffix(".log"))
+        write_text(done, resolved)
+    elif done.read_text() != resolved:
+        raise SystemExit(f"{done} is of other settings: remove {place}* or give another --runs folder")
 
 
 def command(words: Sequence[str], log: Path) -> None:

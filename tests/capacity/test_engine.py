@@ -1,16 +1,17 @@
 """What is calculated of memory and communication is what a real engine holds and sends: bytes, not estimates.
 
-Two process groups (``probe.py``) run all cases: one rank, and two.
+Two launches (``probe.py``) run all cases: one rank, and two.
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import forked
-from tests.conftest import ROOT
+from tests.engine.conftest import environment
 from tests.engine.toy import ToyPlan, ToyRecipe, build_toy
 from ummim.capacity.activations import counted_as, measure
 from ummim.capacity.communication import collectives
@@ -71,9 +72,13 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
         arguments["states"] = ONE_RANK if ranks == 1 else TWO_RANKS
         if ranks == 1:
             arguments["activations"] = [{"recipe": overrides(*case), "plain": case[0] != "mae"} for case in CASES]
-        jobs = forked.run_ranks(ranks, ["-m", "tests.capacity.probe", json.dumps(arguments)], ROOT)
-        assert not any(job.returncode for job in jobs), [job.stderr[-3000:] for job in jobs]
-        found[ranks] = [json.loads(line) for line in jobs[0].stdout.splitlines() if line.startswith(("[", "{"))]
+        launcher = [sys.executable, "-m"]
+        if ranks > 1:
+            launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
+        words = [*launcher, "tests.capacity.probe", json.dumps(arguments)]
+        job = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=600)
+        assert job.returncode == 0, job.stderr[-3000:]
+        found[ranks] = [json.loads(line) for line in job.stdout.splitlines() if line.startswith(("[", "{"))]
         assert len(found[ranks]) == len(arguments["states"]) + len(arguments.get("activations", []))
     return found
 
