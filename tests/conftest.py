@@ -1,10 +1,16 @@
 """What every test shares: one thread per process (two cores, many processes) and a place for tiny recipes."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from ummim.engine.zero import World
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -78,6 +84,26 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """This process as a world of its own; the variables that say so are gone again for processes that tests start.
+
+    One for all files: DeepSpeed keeps the first process group that it sees, and fails on a second one.
+    """
+    from ummim.engine import zero
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in zero.RENDEZVOUS:
+            patch.setenv(name, "")  # so that they are put back
+            patch.delenv(name)
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        found = zero.setup_distributed()
+        for name in set(zero.RENDEZVOUS) - {"LOCAL_RANK"}:  # each engine asks for that one
+            os.environ.pop(name)
+        yield found
+        zero.shutdown()
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Counting right answers, and the votes of neighbours."""
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,18 +11,6 @@ from ummim.downstream.evaluate import Accuracy, lacks_evaluation, rank_of_label,
 from ummim.downstream.knn import Features, by_row, greatest, nearest, vote
 from ummim.downstream.recipe import ClassifyConfig
 from ummim.engine import zero
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[zero.World]:
-    before = {name: os.environ.get(name) for name in zero.RENDEZVOUS}
-    yield zero.setup_distributed()
-    zero.shutdown()
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
 
 
 def test_the_rank_of_a_label_counts_what_stands_before_it() -> None:

@@ -1,7 +1,6 @@
 """``ummim replay`` of a fine-tuning: a step's batch again, and a bad step alone."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,6 @@ RICH = ("classify.mixup=0.8", "classify.cutmix=1.0", "classify.drop_path=0.5", "
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = build_shards(tmp_path_factory.mktemp("labelled"), val=3)
     return write_recipe(folder, folder / "run")
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[zero.World]:
-    with pytest.MonkeyPatch.context() as environment:
-        for name in zero.RENDEZVOUS:
-            environment.setenv(name, "")  # so that they are put back
-            environment.delenv(name)
-        yield zero.setup_distributed()
-        zero.shutdown()
 
 
 def loaded(recipe: Path, *words: str) -> ClassifyRecipe:

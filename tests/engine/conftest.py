@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +59,6 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No launcher's variables in this process."""
     for name in zero.RENDEZVOUS:
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture(scope="session")
-def world() -> Iterator[zero.World]:
-    """This process as a world of its own; the variables that say so are gone again for processes that tests start."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in zero.RENDEZVOUS:
-            patch.delenv(name, raising=False)
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        found = zero.setup_distributed()
-        for name in set(zero.RENDEZVOUS) - {"LOCAL_RANK"}:  # each engine asks for that one
-            os.environ.pop(name)
-        yield found
-        zero.shutdown()
 
 
 @pytest.fixture(scope="session")
