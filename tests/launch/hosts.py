@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -241,3 +241,10 @@ def _wait(holds: Any, seconds: float = 20.0) -> None:
     while not holds():
         assert time.monotonic() < deadline, "a namespace did not come up"
         time.sleep(0.01)
+
+
+def wait(holds: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from tests.launch.hosts import Hosts
+from tests.launch.hosts import Hosts, wait
 
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "scancel")
 PACKAGES = "slurmctld slurmd slurm-client munge"
@@ -113,10 +112,3 @@ class Slurm:
             self._daemons.append(
                 self.hosts.popen(name, words, env=self.environment, stdout=log, stderr=log, start_new_session=True)
             )
-
-
-def wait(holds: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.hosts import Hosts
-from tests.launch.slurm import Slurm, wait
+from tests.launch.hosts import Hosts, wait
+from tests.launch.slurm import Slurm
 from tests.launch.test_jobs_on_hosts import losses, steps_done
 
 pytestmark = [pytest.mark.namespaces, pytest.mark.slow]
