@@ -13,7 +13,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from ummim.data import DataConfig, ShardIndex, build_loader, images
-from ummim.data.augment import draw_crop
+from ummim.data.augment import draw_crop, resize
 from ummim.data.shards import ShardReader
 from ummim.data.turbojpeg import TurboJpeg
 from ummim.masking import MaskConfig, PlanSampler
@@ -87,8 +87,8 @@ def bare_decode(index: ShardIndex, batch: int) -> Way:
     return epoch
 
 
-def bare_crops(index: ShardIndex, batch: int, library: TurboJpeg) -> Way:
-    """libjpeg-turbo alone: crops like those of ``ours``, and nothing of what they leave out."""
+def bare_crops(index: ShardIndex, batch: int, library: TurboJpeg, resized: bool = False) -> Way:
+    """libjpeg-turbo alone: crops like those of ``ours``, and nothing of what they leave out; or resized as ours are."""
     reader, config, crops = ShardReader(index), DataConfig("", image_size=SIZE), []
     for row in range(len(index) // batch * batch):
         data = reader.read(row)
@@ -98,7 +98,9 @@ def bare_crops(index: ShardIndex, batch: int, library: TurboJpeg) -> Way:
 
     def epoch() -> int:
         for data, crop in crops:
-            library.part(data, *crop)
+            pixels = library.part(data, *crop)
+            if resized and pixels is not None:
+                resize(pixels, (SIZE, SIZE), config.interpolation)
         return len(crops)
 
     return epoch
