@@ -21,6 +21,7 @@ from ummim.downstream.classify import Classifier, build_classifier
 from ummim.downstream.drop_path import DroppedLinear
 from ummim.errors import UserError
 from ummim.nn.aggregation import PartialConfig
+from ummim.nn.layers import eps_of
 
 SIDE = {"vit": 32, "swin": 64, "pvt": 64}
 
@@ -173,6 +174,19 @@ def test_what_the_head_sees(name: str) -> None:
         features = F.layer_norm(patches.mean(1), patches.shape[2:], model.fc_norm.weight, model.fc_norm.bias, 1e-6)
     torch.testing.assert_close(model(images), model.head(features), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.features(images), features, rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_behind_the_mean_of_microsofts_swin() -> None:
+    """LocalMIM's fine-tuning."""
+    model = classifier_of("local_mim_swin", norm_last=True)
+    images = pictures(model)
+    assert isinstance(model.fc_norm, nn.LayerNorm)
+    assert model.fc_norm.eps == eps_of(model.encoder)
+    tokens = model.encoder(images).flatten(1, 2)
+    torch.testing.assert_close(model(images), model.head(model.fc_norm(tokens.mean(1))))
+    assert not any("norm.weight" in key for key in dict(model.encoder.named_parameters()) if key.startswith("norm"))
+    with pytest.raises(UserError, match="norm_last: is for Microsoft's Swin"):
+        classifier_of("mae", norm_last=True)
 
 
 @pytest.mark.parametrize(("name", "norm"), [("mae", True), ("simmim", True), ("local_mim", False)])

@@ -24,10 +24,10 @@ from ummim.interop.source import exported_encoder, exported_evaluation
 from ummim.recipe_file import dump_recipe
 
 
-def evaluation(name: str, pool: Any, protocol: Any = "full") -> tuple[ClassifyRecipe, Any]:
+def evaluation(name: str, pool: Any, protocol: Any = "full", norm_last: bool = False) -> tuple[ClassifyRecipe, Any]:
     """A recipe and its model, whose features are neither centred nor of variance 1."""
     recipe, method = tiny(name)
-    classifier = build_classifier(method.backbone(), 5, pool)  # type: ignore[arg-type]
+    classifier = build_classifier(method.backbone(), 5, pool, norm_last=norm_last)  # type: ignore[arg-type]
     config = ClassifyConfig(weights="w", classes=5, pool=pool, val_shards="v", protocol=protocol,
                             encoder=classifier.encoder.config)  # fmt: skip
     data = LabelledDataConfig(shards="nowhere", image_size=recipe.data.image_size)
@@ -129,6 +129,10 @@ def test_what_cannot_be_exported_or_read_is_one_message(tmp_path: Path) -> None:
     _, pyramid = evaluation("um_mae", "mean")
     with pytest.raises(UserError, match="timm has no model like this Swin"):
         export(recipe, pyramid, CHECKPOINT, tmp_path / "swin.safetensors", "timm")
+    _, swin = evaluation("local_mim_swin", "mean", norm_last=True)
+    for form in ("timm", "huggingface"):
+        with pytest.raises(UserError, match="norm before the mean, and this one behind it"):
+            export(recipe, swin, CHECKPOINT, tmp_path / "swin.safetensors", form)
 
 
 def test_a_runs_folder_is_exported_and_one_of_neighbours_says_what_to_give(

@@ -22,6 +22,7 @@ from ummim.downstream.resize import resize_bias, resize_positions
 from ummim.errors import UserError
 from ummim.methods.api import check_heads, check_patches, check_swin
 from ummim.methods.um_mae import check_pyramid
+from ummim.nn.layers import eps_of, set_eps
 
 Encoder = ViT | RelativeViT | Swin | PVT | TableSwin
 Pretrained = Encoder | SparseSwin
@@ -182,15 +183,3 @@ def _folded(pretrained: Pretrained) -> set[str]:
     """Tensors that are used without keeping their names: a class token's MLP (TEC), and a shared table (SimMIM)."""
     names = {key for key in pretrained.state_dict() if key.startswith("cls_token_mlp.")}
     return names | ({f"rel_pos_bias.{_TABLE}"} if getattr(pretrained, "rel_pos_bias", None) is not None else set())
-
-
-def eps_of(encoder: nn.Module) -> float:
-    """The eps of an encoder's norms, which is one number but in UM-MAE's pyramids."""
-    return next(module.eps for module in encoder.modules() if isinstance(module, nn.LayerNorm))
-
-
-def set_eps(model: nn.Module, eps: float) -> None:
-    """Give every norm of a model this eps."""
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = eps

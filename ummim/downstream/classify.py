@@ -13,10 +13,10 @@ from ummim.backbones.relative_vit import RelativeViT
 from ummim.backbones.swin import Swin
 from ummim.backbones.table_swin import TableSwin
 from ummim.backbones.vit import ViT
-from ummim.downstream.adapt import Adapted, Encoder, Pretrained, eps_of, for_whole_images, set_eps
+from ummim.downstream.adapt import Adapted, Encoder, Pretrained, for_whole_images
 from ummim.downstream.drop_path import set_drop_path
 from ummim.errors import UserError
-from ummim.nn.layers import LayerNorm
+from ummim.nn.layers import LayerNorm, eps_of, set_eps
 
 Pool = Literal["mean", "class"]
 
@@ -36,13 +36,13 @@ class Classifier(nn.Module):
         num_classes: number of classes.
         train_positions: make the encoder's sine-cosine position table, if it has one, a parameter (MAE, UM-MAE).
         pool: what the head sees.
-        norm_last: with mean pooling, let the norm stand behind the mean in Microsoft's Swin, too (LocalMIM).
+        norm_last: let the norm stand behind the mean in Microsoft's Swin, too (LocalMIM).
 
     Attributes:
         adapted: what became of the pre-training's tensors, where the encoder comes from one.
 
     Raises:
-        UserError: class pooling in an encoder without a class token.
+        UserError: class pooling in an encoder without a class token; ``norm_last`` where it changes nothing.
     """
 
     adapted: Adapted | None = None
@@ -60,6 +60,8 @@ class Classifier(nn.Module):
         vit = isinstance(encoder, ViT | RelativeViT)
         if pool == "class" and not vit:
             raise UserError(f"pool: a {type(encoder).__name__} has no class token to take; set it to mean")
+        if norm_last and not isinstance(encoder, TableSwin):
+            raise UserError("norm_last: is for Microsoft's Swin; in others it stands there in any case: remove it")
         if train_positions and isinstance(encoder, ViT | PVT) and "pos_embed" not in dict(encoder.named_parameters()):
             table = encoder.pos_embed
             del encoder.pos_embed  # a buffer's name is free for a parameter only once the buffer is gone
@@ -70,7 +72,7 @@ class Classifier(nn.Module):
         elif not own_norm:
             encoder.norm = nn.Identity()
         self.fc_norm: nn.Module = nn.Identity() if own_norm else LayerNorm(encoder.embed_dim)
-        if vit:
+        if vit or norm_last:
             set_eps(self.fc_norm, eps_of(encoder))
         self.head = nn.Linear(encoder.embed_dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02 if isinstance(encoder, TableSwin) else 2e-5)
@@ -145,6 +147,7 @@ def build_classifier(
     drop_path: float = 0.0,
     image_size: int | None = None,
     train_positions: bool = True,
+    norm_last: bool = False,
 ) -> Classifier:
     """A classifier that starts from a copy of a pre-trained encoder, with a new head.
 
@@ -156,13 +159,14 @@ def build_classifier(
         drop_path: chance that the last block's branches are skipped for a sample; it grows linearly from 0.
         image_size: side of the images, in pixels; the encoder's unless given.
         train_positions: see :class:`Classifier`.
+        norm_last: see :class:`Classifier`.
 
     Raises:
-        UserError: an image size that does not fit the encoder, or a class token that it has not.
+        UserError: an image size that does not fit the encoder, or a class token or a place of the norm that it has not.
     """
     adapted = for_whole_images(encoder, image_size)
     before = list(adapted.encoder.state_dict())
-    model = Classifier(adapted.encoder, classes, train_positions, pool)
+    model = Classifier(adapted.encoder, classes, train_positions, pool, norm_last)
     after = list(model.encoder.state_dict())
     set_drop_path(model.blocks(), drop_path)
     model.adapted = adapted._replace(

@@ -34,6 +34,8 @@ class ClassifyConfig:
         last_blocks: blocks that ``partial`` trains.
         classes: number of classes; labels are 0 to classes - 1.
         pool: features are the ``mean`` of the patch tokens or the ``class`` token.
+        norm_last: the norm of Microsoft's Swin stands behind the mean of the tokens, as that of other encoders does
+            (LocalMIM); else before it.
         train_positions: train a fixed sine-cosine position table, too (MAE, UM-MAE; not TEC).
         norm_eps: eps of the norms of a ViT or of a Swin with position tables, from scratch; with weights, theirs is
             taken.
@@ -58,6 +60,7 @@ class ClassifyConfig:
     last_blocks: int = 0
     classes: int = 1000
     pool: Literal["mean", "class"] = "mean"
+    norm_last: bool = False
     train_positions: bool = True
     norm_eps: float | None = None
     drop_path: float = 0.0

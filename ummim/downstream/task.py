@@ -14,13 +14,14 @@ from ummim.backbones.vit import ViT
 from ummim.data.augment_labelled import seeded
 from ummim.data.labelled import LabelledBatch
 from ummim.data.normalise import normalise
-from ummim.downstream.adapt import Encoder, eps_of, new_encoder, set_eps
+from ummim.downstream.adapt import Encoder, new_encoder
 from ummim.downstream.classify import Classifier, build_classifier
 from ummim.downstream.probe import Probe
 from ummim.downstream.recipe import ClassifyConfig, ClassifyRecipe
 from ummim.engine.optim import layer_decay_groups
 from ummim.engine.trainer import TaskOutput
 from ummim.errors import RecipeError, UserError
+from ummim.nn.layers import eps_of, set_eps
 
 VIT_EPS = 1e-6  # of a ViT's norms, but in some of other libraries
 
@@ -104,8 +105,9 @@ def build_model(recipe: ClassifyRecipe, encoder: Encoder) -> Classifier | Probe:
     """
     config = recipe.classify
     classifier = build_classifier(
-        encoder, config.classes, config.pool, config.drop_path, recipe.data.image_size, config.train_positions
-    )
+        encoder, config.classes, config.pool, config.drop_path, recipe.data.image_size, config.train_positions,
+        config.norm_last,
+    )  # fmt: skip
     if config.protocol in ("linear", "attentive"):
         return Probe(classifier, config.classes, config.protocol == "attentive")
     return classifier

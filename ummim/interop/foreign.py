@@ -10,10 +10,11 @@ from ummim.backbones.relative_vit import RelativeViT, RelativeViTConfig
 from ummim.backbones.table_swin import TableSwin, TableSwinConfig
 from ummim.backbones.vit import ViT, ViTConfig
 from ummim.checkpoint_file import key_faults
-from ummim.downstream.adapt import Pretrained, set_eps
+from ummim.downstream.adapt import Pretrained
 from ummim.downstream.relative_vit import BlockwiseViT
 from ummim.errors import UserError
 from ummim.methods.api import check_heads, check_patches, check_swin, check_width
+from ummim.nn.layers import set_eps
 
 ForeignConfig = ViTConfig | RelativeViTConfig | TableSwinConfig
 

@@ -18,7 +18,6 @@ from ummim.backbones.sparse_swin import SparseSwin
 from ummim.backbones.table_swin import TOKEN, UNIT, TableSwin
 from ummim.backbones.vit import ViT
 from ummim.data.normalise import IMAGENET_MEAN, IMAGENET_STD
-from ummim.downstream.adapt import eps_of
 from ummim.errors import UserError
 from ummim.interop.huggingface_names import (
     BEIT,
@@ -36,6 +35,7 @@ from ummim.methods.api import Method
 from ummim.methods.mae import MAE
 from ummim.methods.simmim import SimMIM
 from ummim.nn.aggregation import SpatialAggregation
+from ummim.nn.layers import eps_of
 
 BICUBIC = 3  # Pillow's number
 CONFIG, PREPROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"

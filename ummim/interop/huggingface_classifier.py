@@ -8,7 +8,7 @@ are no channel factors, and its keys have no bias, which changes nothing (see ``
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ummim.backbones.relative_vit import RelativeViT
 from ummim.backbones.table_swin import TableSwin
@@ -38,6 +38,8 @@ def classifier_to_huggingface(classifier: Classifier, names: Sequence[str] | Non
         UserError: an encoder that transformers does not have.
     """
     encoder, classes = classifier.encoder, _labels(classifier.head.out_features, names)
+    if isinstance(encoder, TableSwin) and isinstance(encoder.norm, nn.Identity):
+        raise UserError("transformers' Swin has its norm before the mean, and this one behind it")
     if isinstance(encoder, TableSwin):
         config = {**swin_config(encoder), **classes}
         eps, notes = fixed_eps(encoder)

@@ -103,3 +103,15 @@ class PatchConv(nn.Conv2d):
     def forward(self, patches: Tensor) -> Tensor:
         """(..., 3 * p * p), channel-major pixels -> (..., D)."""
         return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+def eps_of(encoder: nn.Module) -> float:
+    """The eps of an encoder's norms, which is one number but in UM-MAE's pyramids."""
+    return next(module.eps for module in encoder.modules() if isinstance(module, nn.LayerNorm))
+
+
+def set_eps(model: nn.Module, eps: float) -> None:
+    """Give every norm of a model this eps."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps
