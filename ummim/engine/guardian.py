@@ -26,6 +26,7 @@ from ummim.engine import verdict
 from ummim.engine.verdict import DEAD, DONE, GONE, RUNNING, STOPPED, Judge, Report
 
 LOOK = 0.25  # seconds between two looks at the rank
+OTHERS = 4  # looks that a host's other ranks leave its first one to tell that the launcher is gone, and to end
 SEND = 1.0  # seconds between two reports
 ANSWER = 5.0  # seconds that an answer may take
 FIRST_CONTACT = 30.0  # seconds to reach rank 0's guardian at the start
@@ -69,6 +70,7 @@ class Guardian:
         self.met = False  # rank 0's guardian has answered
         self.unheard = 0.0  # seconds since it did
         self.stacks = b""
+        self.orphaned = 0  # looks since the rank's launcher is gone
         self.changed = asyncio.Event()
 
     async def watch(self) -> None:
@@ -128,7 +130,9 @@ class Guardian:
         elif state == RUNNING and process_state(settings.pid) in ("T", "t"):
             new.state, new.limit = STOPPED, settings.hang_seconds
         if settings.launcher and not gone and parent(settings.pid) not in (settings.launcher, None):
-            settings.launcher = 0
+            self.orphaned += 1
+        if self.orphaned > (OTHERS if settings.local_rank else 0):
+            self.orphaned = settings.launcher = 0
             if settings.local_rank == 0:
                 tell_user(f"the launcher of {new.who()} is gone in {new.place()}: all ranks save and end")
             with contextlib.suppress(ProcessLookupError):
