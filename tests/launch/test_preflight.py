@@ -40,6 +40,10 @@ def faults(facts: Facts, clock: float = 0.0, tolerance: float = 0.0, workers: in
     return two.faults
 
 
+def test_what_is_not_committed_beside_the_package_is_no_fault():
+    assert faults(replace(GOOD, commit="a" * 40 + "+changes")) == []
+
+
 def test_a_host_like_the_others_is_fit():
     assert faults(GOOD, clock=1.9) == []
 
@@ -50,6 +54,7 @@ def test_a_host_like_the_others_is_fit():
         ({"commit": "d" * 40}, "commit dddddddd, here aaaaaaaa"),
         ({"commit": None}, "commit none"),
         ({"source": "d" * 64}, "differs from here at the same commit"),
+        ({"source": "d" * 64, "commit": "a" * 40 + "+changes"}, "differs from here at the same commit"),
         ({"versions": {**GOOD.versions, "torch": "2.13.0"}}, "torch 2.13.0, here 2.14.1"),
         ({"versions": {**GOOD.versions, "deepspeed": None}}, "deepspeed missing"),
         ({"index": "d" * 64}, "digest dddddddddddd, not cccccccccccc"),

@@ -70,7 +70,7 @@ def judge(checked: Sequence[Checked], here: Facts, free_output: int, workers: in
 
 
 def _code(facts: Facts, here: Facts) -> list[str]:
-    if facts.commit != here.commit:
+    if _base(facts.commit) != _base(here.commit):
         return [f"its code is at commit {_short(facts.commit)}, here {_short(here.commit)}: check out the same one"]
     if facts.source != here.source:
         return [f"its code differs from here at the same commit {_short(here.commit)}: copy the same files there"]
@@ -121,6 +121,11 @@ def table(checked: Sequence[Checked]) -> str:
     return "\n".join(
         "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def _base(commit: str | None) -> str | None:
+    """The commit below changes that are not committed: what they do to the package, its digest tells."""
+    return None if commit is None else commit.partition("+")[0]
 
 
 def _short(commit: str | None) -> str:
