@@ -69,13 +69,18 @@ def main() -> None:
     begun, results = time.monotonic(), list[dict[str, Any]]()
     tasks = [(data, seed, row) for seed in range(args.seeds) for data in sets for row in (*CONTROLS, *METHODS)]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for task in [pool.submit(run, runs, *each, SMOKE if args.smoke else {}) for each in tasks]:
-            results.append(task.result())
-            told = {**provenance(), "budget": BUDGET, "images": IMAGES, "sets": sizes}
-            write_text(output, json.dumps({**told, "rows": results}, indent=1, default=str) + "\n")
-            row = results[-1]
-            print(f"{time.monotonic() - begun:6.0f} s {row['set']:8} seed {row['seed']} {row['row']:12} "
-                  f"fine-tuned {row['fine_tuned']:.1f} linear {row['linear']:.1f}", flush=True)  # fmt: skip
+        started = [pool.submit(run, runs, *each, SMOKE if args.smoke else {}) for each in tasks]
+        try:
+            for task in started:
+                results.append(task.result())
+                told = {**provenance(), "budget": BUDGET, "images": IMAGES, "sets": sizes}
+                write_text(output, json.dumps({**told, "rows": results}, indent=1, default=str) + "\n")
+                row = results[-1]
+                print(f"{time.monotonic() - begun:6.0f} s {row['set']:8} seed {row['seed']} {row['row']:12} "
+                      f"fine-tuned {row['fine_tuned']:.1f} linear {row['linear']:.1f}", flush=True)  # fmt: skip
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # what runs ends, nothing else begins
+            raise
 
 
 def run(runs: Path, data: Set, seed: int, row: str, more: Words) -> dict[str, Any]:
