@@ -8,6 +8,7 @@ JSON line for each, rank 0 for all ranks. A state case is keys of ``ToyRecipe`` 
 import gc
 import json
 import sys
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -48,7 +49,10 @@ class Collectives(TorchDispatchMode):
 
 
 def storages():
-    """Every storage of more than one number that Python can reach and ``main`` has not frozen, with its size."""
+    """Every storage of more than one number that Python can reach and ``main`` has not frozen, by its address.
+
+    As long as the result lives, no address is given to another storage.
+    """
     found = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -57,14 +61,24 @@ def storages():
                 for tensor in (value, value.grad if value.is_leaf else None):
                     if tensor is not None and tensor.numel() > 1:
                         storage = tensor.untyped_storage()
-                        found[storage._cdata] = storage.nbytes()
+                        found[storage._cdata] = storage
+    return found
+
+
+def settled(known, engine):
+    """``held`` once all ranks have sent everything: gloo's threads let go of what was sent a little later."""
+    dist.barrier()
+    found, before = held(known, engine), None
+    while found != before:
+        time.sleep(0.05)
+        found, before = held(known, engine), found
     return found
 
 
 def held(known, engine):
     """Bytes of what has come since ``known``: of buckets of communication, and of the rest."""
     gc.collect()
-    new = {address: size for address, size in storages().items() if address not in known}
+    new = {address: storage.nbytes() for address, storage in storages().items() if address not in known}
     buckets = [bucket.buffer for bucket in getattr(engine.optimizer, "ipg_buckets", {}).values()]
     tensors = [t for b in buckets for t in (b if isinstance(b, list) else [b]) if t is not None]
     mine = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
@@ -94,7 +108,7 @@ def states(case, world, folder):
                 del loss
                 if index < plan.accumulation - 1:
                     engine.step()
-                    found["between"] = held(known, engine) if step == 1 else None
+                    found["between"] = settled(known, engine) if step == 1 else None
             zero.step(engine)
     found["collectives"] = dict(collectives.bytes)
     engine.destroy()
