@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY_MAE, TINY_UM_MAE
+from ummim import catalogue
 from ummim.__main__ import main
 from ummim.engine.checkpoint import RunState, seal, write_rank_file
 from ummim.engine.checkpoint_shards import header, rank_file
@@ -44,14 +45,16 @@ def picture(path: Path, size: tuple[int, int] = (90, 70)) -> Path:
     return path
 
 
-def test_recipes_lists_every_packaged_one(capsys: pytest.CaptureFixture[str]):
+def test_recipes_lists_every_packaged_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    status = {"status": "rehearsed", "version": "0.1.0", "commit": "c" * 40, "date": "2026-01-02"}
+    monkeypatch.setattr(catalogue, "read_status", lambda: {"um_mae_swin_base_200e": status})
     assert main(["recipes"]) == 0
     _, header, *rows = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in rows[: len(packaged_recipes())]] == packaged_recipes()
     for name, parts in {
         "pr_mae_vit_large_800e": ["mae", "ViT-L/16", "800", "50%", "85.4", "PR-MIM, table 3", "planned", "17.92", "87%",
                                   "finetune_mae_vit_large_800e"],
-        "um_mae_swin_base_200e": ["um_mae", "Swin-B", "200", "planned", "6.92",  # published nowhere
+        "um_mae_swin_base_200e": ["um_mae", "Swin-B", "200", "rehearsed 2026-01-02 (0.1.0, cccccccc)", "6.92",  # published nowhere
                                   "finetune_um_mae_swin_tiny_200e"],
     }.items():  # fmt: skip
         row = next(row for row in rows if row.startswith(f"{name} "))
