@@ -46,7 +46,6 @@ SMOKE = {"optim.warmup_epochs": 0, "max_steps": 3}
 
 Words = dict[str, Any]
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["train", "deepspeed", "timm", "ummim.pretrain", "ummim.downstream.run"])
 _STARTING = threading.Lock()  # a process is started from one thread at a time
 
 
@@ -58,6 +57,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="the results (default: results.json there)")
     parser.add_argument("--smoke", action="store_true", help="three steps of everything; the numbers mean nothing")
     args = parser.parse_args()
+    _FORKS.set_forkserver_preload(["train", "deepspeed", "timm", "ummim.pretrain", "ummim.downstream.run"])
     runs = (args.runs or Path("runs/evidence_smoke" if args.smoke else "runs/evidence")).resolve()
     output = args.output or runs / "results.json"
     test = 100 if args.smoke else 2000

@@ -32,7 +32,9 @@ def main() -> None:
     for result in results["rows"]:
         by_set[result["set"]][result["row"]][result["seed"]] = result
     for name, values in by_set.items():
-        print(f"\n{name}\n\n{table(values)}")
+        print(f"\n{name}\n\n{table(values)}\n")
+        beside = [f"{measure} {gain(values['pr_mae'], values['mae'], key)}" for key, measure in MEASURES.items()]
+        print(f"{NAMES['pr_mae']}, beside MAE: {', '.join(beside)}")
     if args.plot:
         plot(by_set, args.plot)
 

@@ -54,7 +54,8 @@ def test_recipes_lists_every_packaged_one(monkeypatch: pytest.MonkeyPatch, capsy
     for name, parts in {
         "pr_mae_vit_large_800e": ["mae", "ViT-L/16", "800", "50%", "85.4", "PR-MIM, table 3", "planned", "17.92", "87%",
                                   "finetune_mae_vit_large_800e"],
-        "um_mae_swin_base_200e": ["um_mae", "Swin-B", "200", "rehearsed 2026-01-02 (0.1.0, cccccccc)", "6.92",  # published nowhere
+        # published nowhere
+        "um_mae_swin_base_200e": ["um_mae", "Swin-B", "200", "rehearsed 2026-01-02 (0.1.0, cccccccc)", "6.92",
                                   "finetune_um_mae_swin_tiny_200e"],
     }.items():  # fmt: skip
         row = next(row for row in rows if row.startswith(f"{name} "))

@@ -70,7 +70,7 @@ def settled(known, engine):
     dist.barrier()
     found, before = held(known, engine), None
     while found != before:
-        time.sleep(0.05)
+        time.sleep(0.2)
         found, before = held(known, engine), found
     return found
 
