@@ -56,7 +56,7 @@ class Classifier(nn.Module):
         norm_last: bool = False,
     ) -> None:
         super().__init__()
-        self.encoder, self.pool = encoder, pool
+        self.encoder, self.pool, self.norm_last = encoder, pool, norm_last
         vit = isinstance(encoder, ViT | RelativeViT)
         if pool == "class" and not vit:
             raise UserError(f"pool: a {type(encoder).__name__} has no class token to take; set it to mean")

@@ -8,7 +8,7 @@ are no channel factors, and its keys have no bias, which changes nothing (see ``
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ummim.backbones.relative_vit import RelativeViT
 from ummim.backbones.table_swin import TableSwin
@@ -38,7 +38,7 @@ def classifier_to_huggingface(classifier: Classifier, names: Sequence[str] | Non
         UserError: an encoder that transformers does not have.
     """
     encoder, classes = classifier.encoder, _labels(classifier.head.out_features, names)
-    if isinstance(encoder, TableSwin) and isinstance(encoder.norm, nn.Identity):
+    if classifier.norm_last:
         raise UserError("transformers' Swin has its norm before the mean, and this one behind it")
     if isinstance(encoder, TableSwin):
         config = {**swin_config(encoder), **classes}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ummim.backbones.relative_vit import RelativeViT
 from ummim.backbones.table_swin import TableSwin
@@ -18,7 +18,7 @@ def classifier_to_timm(classifier: Classifier) -> tuple[dict[str, Tensor], str, 
         UserError: an encoder, or a place of the norm, that timm has no counterpart of.
     """
     encoder = classifier.encoder
-    if isinstance(encoder, TableSwin) and isinstance(encoder.norm, nn.Identity):
+    if classifier.norm_last:
         raise UserError("timm's Swin has its norm before the mean, and this one behind it")
     tensors, name, kwargs = export_timm(encoder)
     kwargs.pop("final_norm", None)  # the classifier has one, before its pooling or behind it
