@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +22,10 @@ from tqdm import tqdm
 
 from data_prep.convert import READER_LIMIT, Conversion
 from data_prep.index import write_index
-from data_prep.journal import QUARANTINE, SUMMARY, Bad, Journal, claim
-from data_prep.packing import Packed, Packer, chunks
+from data_prep.journal import AlreadyBuilt, Bad, Journal, claim
+from data_prep.locations import read
+from data_prep.occupied import QUARANTINE, SUMMARY
+from data_prep.packing import Chunk, Packed, Packer, chunks, convert
 from data_prep.pool import ordered
 from data_prep.shard_writer import Finished
 from data_prep.sources import Item, Reading, Source, open_source, subset
@@ -30,6 +33,7 @@ from data_prep.summary import report, summarise
 from data_prep.target import Target, open_target
 from ummim.atomic import atomic_write
 from ummim.data.shards import CLASSES, INDEX, TABLE
+from ummim.data.urls import join
 from ummim.errors import DataError
 from ummim.seeds import sample_seed
 
@@ -80,30 +84,49 @@ def build(
     A finished build is not built again. ``staging``: where shards for a URL are made before they are uploaded.
 
     Raises:
-        DataError: nothing to build from, too many unreadable images, or a ``dst`` that holds something else.
+        DataError: nothing to build from, too many unreadable images, or a ``dst`` that holds something else,
+            such as the shards to build from.
         OSError: the disk is full, naming the file; nothing unfinished stays under a final name.
     """
     started = time.monotonic()
     target = open_target(str(dst), staging)
-    source = _open(str(src), options, workers)
+    source, files = _open(str(src), options, workers)
     items = _arrange(source.items, options)
     identity = _identity(items, source, options)
-    held = None if overwrite else target.holds(identity)
-    if held is not None:
-        return f"already built, nothing to do: {target} ({held:,} samples)"
-    with claim(target, identity, overwrite) as journal:
-        done = _write_shards(target, items, options, workers, journal)
-        if not journal.shards:
-            raise DataError(f"{src}: none of its {len(items)} images can be read: {_first(journal.bad)}")
-        lines = _complete(target, journal, source.classes, identity)
+    try:
+        with claim(target, identity, overwrite, files) as journal:
+            done = _write_shards(target, items, options, workers, journal)
+            if not journal.shards:
+                raise DataError(f"{src}: none of its {len(items)} images can be read: {_first(journal.bad)}")
+            lines = _complete(target, journal, source.classes, identity)
+    except AlreadyBuilt as found:
+        return _nothing_to_do(target, found.samples)
     seconds = time.monotonic() - started
     return "\n".join([*lines, f"{seconds:.1f} s, {(len(items) - done) / seconds:,.0f} images/s"])
 
 
-def _open(src: str, options: BuildOptions, workers: int) -> Source:
+def _open(src: str, options: BuildOptions, workers: int) -> tuple[Source, set[str]]:
+    """The images to take, and the files that ``src``'s images are parts of."""
     reading = Reading(**{name: getattr(options, name) for name in Reading.__dataclass_fields__})
     source = open_source(src, reading, workers)
-    return source if options.classes is None else subset(source, options.classes)
+    replaced = [name for name in source.classes or [] if "\ufffd" in name]  # for what is not UTF-8
+    if len(set(replaced)) < len(replaced):
+        raise DataError(f"{src}: the names of several classes are not UTF-8 and would all be listed as "
+                        f"{max(replaced, key=replaced.count)!r}: rename them")  # fmt: skip
+    files = {item.path for item in source.items if item.kind != "file"}
+    return (source if options.classes is None else subset(source, options.classes)), files
+
+
+def _nothing_to_do(target: Target, samples: int) -> str:
+    try:
+        bad = len(read(join(str(target), QUARANTINE)).splitlines())
+    except OSError:
+        bad = 0
+    without = f", {bad:,} image{'s' if bad > 1 else ''} left out then, see {QUARANTINE}" if bad else ""
+    return (
+        f"already built, nothing to do: {target} ({samples:,} samples{without}); images are known by name, label and "
+        f"size alone: if any {'were mended or changed' if bad else 'changed'} otherwise, --overwrite builds anew"
+    )
 
 
 def _arrange(items: list[Item], options: BuildOptions) -> list[Item]:
@@ -132,6 +155,7 @@ def _write_shards(target: Target, items: list[Item], options: BuildOptions, work
     conversion = Conversion(**{name: getattr(options, name) for name in fields})
     packer = Packer(target.folder, conversion, options.shard_bytes, int(options.max_bad * len(items)))
     todo = list(chunks(items, options.shard_count, options.shard_bytes, conversion))
+    journal.take_over(partial(_left_out, todo, conversion))
     done = sum(len(chunk.items) for chunk in todo[: journal.chunks])
     todo = todo[journal.chunks :]
     with (
@@ -141,6 +165,22 @@ def _write_shards(target: Target, items: list[Item], options: BuildOptions, work
         for shards, bad in target.uploading(_named(target, packed, journal, len(items), options.max_bad)):
             journal.add(shards, bad)
     return done
+
+
+def _left_out(
+    todo: Sequence[Chunk], conversion: Conversion, number: int, shards: Sequence[Finished], bad: int
+) -> list[Bad] | None:
+    """The images that are left out of a chunk packed before, tried again; None if it has to be packed anew.
+
+    That is where one can be read now, or where mended images have moved the chunks' borders (see ``chunks``).
+    """
+    items = todo[number].items if number < len(todo) else []
+    stored = {key for entry in shards for key in entry.rows["key"].tolist()}
+    out = [item for item in items if item.key.encode() not in stored]
+    if len(out) != bad or len(stored) + bad != len(items):
+        return None
+    found = [result for item in out if isinstance(result := convert(item, conversion), Bad)]
+    return found if len(found) == bad else None
 
 
 def _named(
@@ -195,4 +235,6 @@ def _write_quarantine(folder: Path, bad: Sequence[Bad]) -> None:
     (folder / QUARANTINE).unlink(missing_ok=True)  # of a build that failed
     if bad:
         with atomic_write(folder / QUARANTINE) as file:
-            file.writelines(json.dumps(asdict(entry), ensure_ascii=False).encode() + b"\n" for entry in bad)
+            for entry in bad:  # bytes of a name that are not UTF-8 become JSON's own \udcXX
+                line = json.dumps(asdict(entry), ensure_ascii=False) + "\n"
+                file.write(line.encode(errors="backslashreplace"))

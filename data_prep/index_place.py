@@ -20,7 +20,7 @@ def indexed_place(place: str, out: Path | None) -> Iterator[Target]:
     after hours of reading shards.
 
     Raises:
-        DataError: nothing can be written there.
+        DataError: nothing can be written there, ``out`` holds shards, or another class list.
     """
     if not is_url(place):
         if out is not None:
@@ -29,8 +29,9 @@ def indexed_place(place: str, out: Path | None) -> Iterator[Target]:
         return
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        if not (out / CLASSES).exists():
-            _fetch_classes(place, out)
+        if _tars(out, "*.tar"):
+            raise DataError(f"--out {out} holds shards, which have an index of their own: name another folder")
+        _fetch_classes(place, out)
         yield Target(out, None)
         return
     if is_web(place):
@@ -83,7 +84,12 @@ def _tars(folder: Path, pattern: str) -> list[str]:
 
 
 def _fetch_classes(place: str, folder: Path) -> None:
+    """Copy the class list beside the shards, if there is one, into ``folder``."""
+    own = folder / CLASSES
     try:
-        (folder / CLASSES).write_bytes(read(join(place, CLASSES)))
+        names = read(join(place, CLASSES))
     except FileNotFoundError:
         return
+    if own.exists() and own.read_bytes() != names:
+        raise DataError(f"{own} is not the class list of {shown(place)}: remove it, or name another folder")
+    own.write_bytes(names)

@@ -6,23 +6,22 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from data_prep.occupied import QUARANTINE, SUMMARY, is_own_shard, refuse_others, refuse_sources
 from data_prep.shard_writer import Finished
 from data_prep.target import Target
 from ummim.atomic import TEMPORARY
+from ummim.data.locks import is_at
 from ummim.data.shards import CLASSES, INDEX, JOURNAL, TABLE, Shard, table_dtype
 from ummim.errors import DataError
 
-QUARANTINE = "quarantine.jsonl"
-SUMMARY = "summary.json"
 _PATIENCE = 50  # tenths of a second that the lock is waited for
-_OWN_SHARD = re.compile(r"shard-\d{6,}\.tar")
 
 
 @dataclass(frozen=True)
@@ -33,30 +32,55 @@ class Bad:
     reason: str
 
 
+class AlreadyBuilt(Exception):
+    """There is nothing to do; ``samples``: how many the finished build has."""
+
+    def __init__(self, samples: int) -> None:
+        super().__init__(samples)
+        self.samples = samples
+
+
 class Journal:
     """Progress of a build: the images of the first ``chunks`` chunks are in ``shards`` or in ``bad``.
 
     A line may be lost in a power cut, or outlive the name of its shard: then that chunk is packed again.
     """
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, target: Target, descriptor: int, head: dict, noted: list[dict]) -> None:
+        """``head``: the first line; ``noted``: the others, of an earlier run, see ``take_over``."""
         self.chunks = 0
         self.shards: list[Finished] = []
         self.bad: list[Bad] = []
-        self._path, self._descriptor = path, descriptor
+        self._target, self._descriptor, self._head, self._noted = target, descriptor, head, noted
 
-    def begin(self, identity: str) -> None:
+    def begin(self) -> None:
         os.ftruncate(self._descriptor, 0)
-        self._write({"identity": identity})
+        self._write(self._head)
 
-    def resume(self, lines: list[dict], sizes: dict[str, int]) -> None:
-        """Take over the finished chunks of ``lines``, as far as their shards are there (``sizes``, bytes by name)."""
-        self.begin(lines[0]["identity"])
-        for line in lines[1:]:
+    def take_over(self, left_out: Callable[[int, list[Finished], int], list[Bad] | None]) -> None:
+        """Take over the chunks that an earlier run has finished, up to the first that has to be packed anew.
+
+        That is one whose shards are not there any more, or of which ``left_out`` returns None: given its number, its
+        shards and how many images were left out of it, it tells which ones are now.
+        """
+        sizes = self._target.sizes()
+        kept: list[tuple[list[Finished], list[Bad]]] = []
+        for number, line in enumerate(self._noted):
             shards = [_decoded(entry) for entry in line["shards"]]
             if any(sizes.get(entry.shard.name) != entry.shard.bytes for entry in shards):
                 break
-            self.add(shards, [Bad(**bad) for bad in line["bad"]])
+            bad = left_out(number, shards, len(line["bad"]))
+            if bad is None:
+                break
+            kept.append((shards, bad))
+        names = {entry.shard.name for shards, _ in kept for entry in shards}
+        others = [name for name in sizes if is_own_shard(name) and name not in names]
+        if others or len(kept) < len(self._noted):
+            for name in [INDEX, *others]:  # the index first: from here on there is no dataset
+                self._target.remove(name)
+        self.begin()
+        for shards, bad in kept:
+            self.add(shards, bad)
 
     def add(self, shards: list[Finished], bad: list[Bad]) -> None:
         """Note the shards of a finished chunk, under their final names, and the images left out of it."""
@@ -67,7 +91,7 @@ class Journal:
 
     def finish(self) -> None:
         """The build is complete: remove the journal."""
-        self._path.unlink()
+        (self._target.folder / JOURNAL).unlink()
 
     def _write(self, content: dict) -> None:
         rest = memoryview(json.dumps(content).encode() + b"\n")
@@ -75,43 +99,80 @@ class Journal:
             while rest:
                 rest = rest[os.write(self._descriptor, rest) :]
         except OSError as error:
-            error.filename = str(self._path)
+            error.filename = str(self._target.folder / JOURNAL)
             raise
 
 
 @contextmanager
-def claim(target: Target, identity: str, overwrite: bool) -> Iterator[Journal]:
+def claim(target: Target, identity: str, overwrite: bool, sources: Collection[str]) -> Iterator[Journal]:
     """Make ``target`` this build's own, continuing the same build (by ``identity``) where it was.
 
+    ``sources``: files, by path or URL, that the images are parts of.
+
     Raises:
-        DataError: ``target`` holds shards and ``overwrite`` is not given, or another process builds there.
+        AlreadyBuilt: this build is finished, and ``overwrite`` is not given.
+        DataError: ``target`` holds ``sources`` among its shards, or files of others and ``overwrite`` is not given, or
+            another process builds there.
     """
-    folder = target.folder
-    path = folder / JOURNAL
+    folder, path = target.folder, target.folder / JOURNAL
+    descriptor = _acquire(target, identity, overwrite, sources)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise DataError(f"{folder} is not a folder: give the shards one of their own") from None
-    _refuse_others(target, overwrite, unfinished=path.exists())
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        _lock(folder, descriptor)
         _tidy(folder)
-        journal, lines = Journal(path, descriptor), _read(path)
-        if lines and lines[0].get("identity") == identity and not overwrite:
-            journal.resume(lines, target.sizes())
+        lines = _read(path)
+        head = lines[0] if lines else {}
+        if head.get("identity") == identity and (head.get("overwrite") or not overwrite):
+            journal = Journal(target, descriptor, head, lines[1:])
         else:
             if lines and not overwrite:
                 print(f"{target}: images or options have changed since the unfinished build: from the start",
                       file=sys.stderr)  # fmt: skip
             _clear(target)
-            journal.begin(identity)
+            journal = Journal(target, descriptor, {"identity": identity, "overwrite": overwrite}, [])
+            journal.begin()
         try:
             yield journal
         finally:
-            _tidy(folder)
+            if is_at(descriptor, path):  # else the build is finished, and the folder may be another's by now
+                _tidy(folder)
     finally:
         os.close(descriptor)
+
+
+def _acquire(target: Target, identity: str, overwrite: bool, sources: Collection[str]) -> int:
+    """A descriptor of the journal, locked, where the build may begin or go on. Raises as ``claim`` does."""
+    path = target.folder / JOURNAL
+    while True:
+        unfinished = path.exists()  # asked first: a build that ends now is found finished
+        samples = None if overwrite else target.holds(identity)
+        if samples is not None:
+            raise AlreadyBuilt(samples)
+        refuse_sources(target, sources)
+        refuse_others(target, identity, overwrite, unfinished)
+        descriptor = _locked(path, create=not unfinished)
+        if descriptor is not None:
+            return descriptor
+
+
+def _locked(path: Path, create: bool) -> int | None:
+    """A descriptor of the journal ``path``, locked; None if another build has ended and removed it meanwhile."""
+    folder = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise DataError(f"{folder} is not a folder: give the shards one of their own") from None
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | (os.O_CREAT if create else 0), 0o644)
+    except FileNotFoundError:
+        return None
+    try:
+        _lock(folder, descriptor)
+        if is_at(descriptor, path):
+            return descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
 
 
 def _lock(folder: Path, descriptor: int) -> None:
@@ -126,31 +187,18 @@ def _lock(folder: Path, descriptor: int) -> None:
             time.sleep(0.1)
 
 
-def _refuse_others(target: Target, overwrite: bool, unfinished: bool) -> None:
-    names = target.sizes()
-    tars = sorted(name for name in names if name.endswith(".tar"))
-    foreign = [name for name in tars if not _OWN_SHARD.fullmatch(name)]
-    if foreign:
-        raise DataError(f"{target} holds other tars ({foreign[0]}): build into another folder")
-    if (tars or INDEX in names) and not unfinished and not overwrite:
-        lost = (
-            "" if target.url is None else f", or those of a build whose journal is not in {target.folder} (--staging)"
-        )
-        raise DataError(
-            f"{target} already holds the shards of other images or options{lost}: build into another folder, "
-            "or replace them: --overwrite"
-        )
-
-
 def _tidy(folder: Path) -> None:
-    """Remove what was not finished."""
-    for leftover in folder.glob(f"*{TEMPORARY}"):
-        leftover.unlink()
+    """Remove what was not finished: by its name, for other programs have temporary files as well."""
+    beside = "|".join(map(re.escape, (INDEX, TABLE, CLASSES, SUMMARY, QUARANTINE)))
+    own = re.compile(rf"(chunk-\d{{6,}}-\d+\.tar({re.escape(TEMPORARY)})?|{beside}){re.escape(TEMPORARY)}")
+    for path in folder.iterdir():
+        if own.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
+            path.unlink()
 
 
 def _clear(target: Target) -> None:
     names = target.sizes()
-    own = [name for name in names if name in (TABLE, CLASSES, QUARANTINE, SUMMARY) or _OWN_SHARD.fullmatch(name)]
+    own = [name for name in names if name in (TABLE, CLASSES, QUARANTINE, SUMMARY) or is_own_shard(name)]
     for name in [INDEX, *own]:  # the index first: from here on there is no dataset
         target.remove(name)
 

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -41,11 +42,11 @@ def read(location: str, start: int | None = None, length: int = 0) -> bytes:
     """The content of a file, or ``length`` bytes of it from ``start``.
 
     Raises:
-        OSError: a local file that cannot be read, or a remote one that is not there or refused.
+        OSError: a local file that cannot be read, or is none (a pipe, say); a remote one that is not there or refused.
         DataError: a server that does not answer, or a file that ends before the last byte.
     """
     if not is_url(location):
-        with io.FileIO(location) as file:
+        with _open_file(location) as file:
             data = file.readall() if start is None else os.pread(file.fileno(), length, start)
     elif start is None:
         data = _told(location, lambda: fetch_file(location, patience()))
@@ -57,9 +58,17 @@ def read(location: str, start: int | None = None, length: int = 0) -> bytes:
 
 
 def open_seekable(location: str) -> BinaryIO:
-    """A file open for reading. Of a remote one, the parts that are asked for are fetched. Raises like ``read``."""
+    """A file open for reading. Of a remote one, the parts that are asked for are fetched.
+
+    Raises:
+        OSError: a remote file that is not there or refused.
+        DataError: a local file that cannot be read or is none, or a server that does not answer.
+    """
     if not is_url(location):
-        return Path(location).open("rb")
+        try:
+            return io.BufferedReader(_open_file(location))
+        except OSError as error:
+            raise DataError(f"{location} cannot be read: {error.strerror}: mend or remove it") from None
     total = attempt(location, lambda: file_size(location, patience().stall))
     if not total or not attempt(location, lambda: serves_parts(location, patience().stall)):
         return io.BytesIO(read(location))
@@ -79,7 +88,8 @@ def size(location: str) -> int:
 def walk(folder: str, deep: bool = True) -> list[tuple[str, int]]:
     """(path below ``folder``, bytes) of every file that is not hidden, sorted; ``deep``: also in folders below a URL.
 
-    Links are followed, loops are not; what a link points to in vain has 0 bytes and is reported when read.
+    Links are followed, loops are not; what a link points to in vain, and what is no file (a pipe, say), has 0 bytes and
+    is reported when read.
     """
     if not is_url(folder):
         return sorted(_walk(Path(folder), Path(folder)))
@@ -161,10 +171,24 @@ def _walk(folder: Path, root: Path, above: tuple[str, ...] = ()) -> Iterator[tup
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            try:
+                deeper = entry.is_dir()
+                size = entry.stat().st_size if entry.is_file() else 0
+            except OSError:  # a link to itself, say
+                deeper, size = False, 0
+            if deeper:
                 yield from _walk(Path(entry.path), root, (*above, real))
             else:
-                yield os.path.relpath(entry.path, root), entry.stat().st_size if entry.is_file() else 0
+                yield os.path.relpath(entry.path, root), size
+
+
+def _open_file(location: str) -> io.FileIO:
+    """A local file open for reading; what is no file is refused, for a pipe may never send anything."""
+    file = io.FileIO(location, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", location)
+    return file
 
 
 def _is_there(location: str, ask: Callable[[], object]) -> bool:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_prep.journal import QUARANTINE, SUMMARY, Bad
+from data_prep.journal import Bad
+from data_prep.occupied import QUARANTINE, SUMMARY
 from data_prep.shard_writer import Finished
 
 _PERCENTILES = (0, 5, 25, 50, 75, 95, 100)

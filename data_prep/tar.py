@@ -3,7 +3,7 @@
 import re
 import tarfile
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from ummim.errors import DataError
@@ -51,6 +51,7 @@ class Member:
     size: int
     is_plain: bool  # stored as one piece; no link or sparse file
     is_sparse: bool = False
+    target: str = ""  # of a hard link: the member whose data it shares
 
 
 def members(file: BinaryIO, shard: str, start: int = 0, length: int | None = None) -> Iterator[Member | Fault]:
@@ -76,19 +77,37 @@ def members(file: BinaryIO, shard: str, start: int = 0, length: int | None = Non
             yield Fault(shard, "tar", reason, byte=min(end, size))
 
 
-def sound_members(file: BinaryIO, where: str, start: int = 0, length: int | None = None) -> Iterator[Member]:
-    """The files of a tar without a fault, links left out; like ``members``.
+def sound_members(
+    file: BinaryIO, where: str, start: int = 0, length: int | None = None, left_out: list[str] | None = None
+) -> Iterator[Member]:
+    """The files of a tar without a fault; like ``members``. A hard link is a file with its target's data.
+
+    Args:
+        file, where, start, length: as those of ``members``.
+        left_out: takes the names of members that are no files, such as symbolic links.
 
     Raises:
-        DataError: no plain tar, one that is cut short or damaged, or a member that lies in pieces.
+        DataError: no plain tar, one that is cut short or damaged, a member that lies in pieces, or a hard link whose
+            target does not stand before it.
     """
+    seen: dict[str, Member | None] = {}  # None: no file
     for member in members(file, where, start, length):
         if isinstance(member, Fault):
             raise DataError(f"{member}: restore it")
         if member.is_sparse:
             raise DataError(f"{where}: member {member.name!r} is a sparse file: pack it anew")
+        if member.target:
+            if member.target not in seen:
+                raise DataError(f"{where}: member {member.name!r} is a hard link to {member.target!r}, which does not "
+                                "stand before it: pack it anew")  # fmt: skip
+            linked = seen[member.target]
+            if linked is not None:
+                member = replace(member, offset=linked.offset, size=linked.size, is_plain=True)
+        seen[member.name] = member if member.is_plain else None
         if member.is_plain:
             yield member
+        elif left_out is not None:
+            left_out.append(member.name)
 
 
 def padded(size: int) -> int:
@@ -114,7 +133,8 @@ def _run(file: BinaryIO, start: int, size: int, shard: str) -> Generator[Member 
                     yield Fault(shard, "tar", reason, byte=info.offset_data)
                     return None
                 if not info.isdir() and not _META.match(info.name):
-                    yield Member(info.name, info.offset, info.offset_data, info.size, plain, info.sparse is not None)
+                    sparse, target = info.sparse is not None, info.linkname if info.islnk() else ""
+                    yield Member(info.name, info.offset, info.offset_data, info.size, plain, sparse, target)
                 end = tar.offset
             return tar.offset
     except (OSError, DataError):

@@ -1,16 +1,17 @@
 """Where images come from. What SRC is, is seen from the files; each module reads one kind."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.locations import check_parts, exists, glob, is_folder, open_seekable, walk
 from data_prep.locations import read as read_file
 from data_prep.sources import annotated, idx, imagenet, manifest, parquet, shards
-from data_prep.sources.folder import SUFFIXES, folder_source, is_image
+from data_prep.sources.folder import SUFFIXES, folder_source, is_image, is_litter, listed_source, suffixes
 from data_prep.sources.item import Item, Source, make_key, subset
 from data_prep.tar import sound_members
-from ummim.data.shards import INDEX
-from ummim.data.urls import basename, join, local_path, parent
+from ummim.data.shards import INDEX, JOURNAL
+from ummim.data.urls import basename, join, local_path, parent, shown
 from ummim.errors import DataError
 
 __all__ = ["Item", "Reading", "Source", "make_key", "open_source", "read_item", "subset"]
@@ -40,7 +41,8 @@ def open_source(src: str | Path, reading: Reading | None = None, workers: int = 
     """List the images of ``src``: a file, a folder, a pattern like ``data/train-*.parquet``, each by path or URL.
 
     Raises:
-        DataError: ``src`` is missing, holds no images, or holds several kinds of them.
+        DataError: ``src`` is missing, holds no images, several kinds of them or an unfinished build, or is no Parquet,
+            whose columns ``reading`` names.
     """
     reading = reading or Reading()
     src = local_path(str(src))
@@ -77,17 +79,28 @@ def read_item(item: Item) -> bytes:
 
 
 def _folder(src: str, reading: Reading, workers: int) -> Source:
+    shards.check_finished(src)
     if exists(join(src, INDEX)):
+        _refuse_columns(src, reading)
         return shards.indexed_source(src, reading.unlabelled)
-    files = walk(src)
+    files, built = _walk(src)
     top = [name for name, _ in files if "/" not in name]
+    if JOURNAL in top:
+        raise shards.unfinished(src)
     images_idx = [name for name in top if idx.IDX_IMAGES.search(name)]
     if images_idx:
         train = [name for name in images_idx if name.startswith("train")]
         if len(train or images_idx) > 1:
             raise DataError(f"{src} holds several IDX files ({', '.join(images_idx)}): give one of them as SRC")
+        _refuse_columns(src, reading)
         return idx.idx_source(join(src, (train or images_idx)[0]))
-    images = [(name, size) for name, size in files if is_image(name)]
+    images: list[tuple[str, int]] = []
+    others: list[str] = []
+    for entry in files:
+        if is_image(entry[0]):
+            images.append(entry)
+        elif not is_litter(entry[0]):
+            others.append(entry[0])
     tars = [name for name in top if name.endswith(".tar")]
     tables = [name for name, _ in files if name.endswith(".parquet")]
     kinds = [names[0] for names in ([name for name, _ in images], tars, tables) if names]
@@ -99,12 +112,43 @@ def _folder(src: str, reading: Reading, workers: int) -> Source:
     total = len(files)
     del files  # folder_source empties ``images`` as it goes
     if images:
-        return folder_source(src, images, reading.unlabelled)
+        _refuse_columns(src, reading)
+        source = folder_source(src, images, reading.unlabelled, others)
+        _tell(src, built, others)
+        return source
     lists = [name for name in top if name.endswith((*manifest.SUFFIXES, annotated.SUFFIX))]
     if lists:
         raise DataError(f"{src} holds no images, but {lists[0]}: give it as SRC to build from its list")
+    if built:
+        raise DataError(f"{src} holds no images itself, but shards in {built[0]}: give {join(src, built[0])} as SRC")
     found = f"its {total} files are none of {', '.join(sorted(SUFFIXES))}, .tar, .parquet" if total else "it is empty"
     raise DataError(f"{src} holds no images: {found}")
+
+
+def _walk(src: str) -> tuple[list[tuple[str, int]], list[str]]:
+    """The files of ``src`` (path below it, bytes) but for those of folders of shards, and these folders."""
+    files = walk(src)
+    built = shards.shard_folders([name for name, _ in files])
+    if built:
+        inside = tuple(f"{folder}/" for folder in built)
+        files = [(name, size) for name, size in files if not name.startswith(inside)]
+    return files, built
+
+
+def _tell(src: str, built: list[str], others: list[str]) -> None:
+    """Say what of a folder of images is left out."""
+    if built:
+        print(f"{shown(src)}: {', '.join(built)} left out: shards, no images", file=sys.stderr)
+    if others:
+        noun = "file" if len(others) == 1 else "files"
+        print(f"{shown(src)}: {len(others):,} other {noun} left out ({suffixes(others)})", file=sys.stderr)
+
+
+def _refuse_columns(src: str, reading: Reading) -> None:
+    """Raise DataError if columns are named, which only Parquet files have."""
+    for option, value in (("--image-column", reading.image_column), ("--label-column", reading.label_column)):
+        if value is not None:
+            raise DataError(f"{option} {value}: {shown(src)} is no Parquet, whose column this names: leave it out")
 
 
 def _files(src: str, files: list[tuple[str, str]], reading: Reading, workers: int) -> Source:
@@ -112,10 +156,11 @@ def _files(src: str, files: list[tuple[str, str]], reading: Reading, workers: in
     path, name = files[0]
     if all(name.endswith(".parquet") for _, name in files):
         return parquet.parquet_source(files, reading.image_column, reading.label_column, reading.unlabelled)
+    _refuse_columns(src, reading)
     if all(name.endswith(".tar") for _, name in files):
         return _tars(src, [path for path, _ in files], reading, workers)
     if all(is_image(name) for _, name in files) and len(files) > 1:
-        return folder_source(parent(path), [(basename(path), 0) for path, _ in files], unlabelled=True)
+        return listed_source([path for path, _ in files])
     if len(files) > 1:
         raise DataError(f"{src}: {name} and {files[-1][1]} are not tars, Parquet files or images alike")
     if name.endswith(manifest.SUFFIXES):
@@ -130,6 +175,8 @@ def _files(src: str, files: list[tuple[str, str]], reading: Reading, workers: in
 
 
 def _tars(src: str, paths: list[str], reading: Reading, workers: int) -> Source:
+    for folder in dict.fromkeys(map(parent, paths)):
+        shards.check_finished(folder)
     check_parts(paths[0])
     for path in paths[:_IMAGENET_TARS]:
         with open_seekable(path) as file:

@@ -75,6 +75,9 @@ def _images(path: str) -> np.ndarray:
 
 def _labels_beside(images: str) -> str | None:
     """The label file of ``train-images-idx3-ubyte`` and the like, gzipped or not, if it is there."""
-    name = basename(images).removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    own = basename(images).removesuffix(".gz")
+    name = own.replace("images", "labels").replace("idx3", "idx1")
+    if name == own:
+        return None
     paths = (beside(images, name), beside(images, f"{name}.gz"))
     return next((path for path in paths if exists(path)), None)

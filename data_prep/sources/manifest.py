@@ -22,7 +22,7 @@ def manifest_source(path: str, root: str | None, unlabelled: bool) -> Source:
     """The images that a manifest lists, in its order, their paths being relative to ``root`` (its own folder).
 
     ``label`` may hold numbers, which stay, or names, which are sorted and numbered; ``class`` holds names, beside
-    a ``label`` of numbers those of the numbers. Images may be URLs.
+    a ``label`` of numbers those of the numbers. What one image has of the two, all must have. Images may be URLs.
 
     Raises:
         DataError: a manifest that cannot be read, a column that is missing, a path out of ``root`` or one that
@@ -59,14 +59,17 @@ def _rows(path: str) -> Iterator[tuple[int, Row]]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     if path.endswith((".csv", ".tsv")):
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.endswith(".tsv") else ",")
+        delimiter = "\t" if path.endswith(".tsv") else ","
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        line = 0
         try:
             for row in reader:
+                line = reader.line_num
                 if None in row or None in row.values():
-                    raise DataError(f"{path}, line {reader.line_num}: not as many columns as the header has")
-                yield reader.line_num, row
-        except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: {error}") from None
+                    raise DataError(f"{path}, line {line}: not as many columns as the header has")
+                yield line, row
+        except csv.Error as error:  # a quotation mark may have swallowed any number of lines
+            raise DataError(f"{path}, line {line + 1}: {error}: look for a stray quotation mark") from None
         return
     for number, content in enumerate(text.split("\n"), 1):
         if not content.strip():
@@ -81,7 +84,7 @@ def _rows(path: str) -> Iterator[tuple[int, Row]]:
 
 
 def _labels(path: str, rows: Sequence[tuple[int, Row]]) -> tuple[list[int], list[str] | None]:
-    label, name = ("label" in rows[0][1], "class" in rows[0][1])
+    label, name = (any(column in row for _, row in rows) for column in ("label", "class"))
     if not label and not name:
         return [UNLABELLED] * len(rows), None
     labels, classes = number_labels(f"{path}, column {'label' if label else 'class'}",

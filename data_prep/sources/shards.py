@@ -1,17 +1,40 @@
 """Shards as a source: any WebDataset tars, ours or others', with or without an index, to be sharded anew."""
 
 import re
+import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from data_prep.locations import open_seekable, read
+from data_prep.locations import exists, open_seekable, read
 from data_prep.pool import ordered
 from data_prep.scan import IMAGES
 from data_prep.sources.item import Item, Source, check_classes, unlabel
 from data_prep.tar import Member, sound_members
-from ummim.data.shards import CLASSES, UNLABELLED, ShardIndex
-from ummim.data.urls import beside, is_url
+from ummim.data.shards import CLASSES, INDEX, JOURNAL, TABLE, UNLABELLED, ShardIndex
+from ummim.data.urls import beside, is_url, join, shown
 from ummim.errors import DataError
+
+
+def check_finished(folder: str) -> None:
+    """Raise DataError if a local ``folder`` holds a build that has not finished; one for a URL has its journal here."""
+    if not is_url(folder) and exists(join(folder, JOURNAL)):
+        raise unfinished(folder)
+
+
+def unfinished(folder: str) -> DataError:
+    """What is raised for a folder with a build's journal: its tars are a part of the data."""
+    return DataError(f"{shown(folder)} holds an unfinished build: run that build to its end first")
+
+
+def shard_folders(names: Sequence[str]) -> list[str]:
+    """Of the folders of the files ``names``, those that hold shards with their index, or an unfinished build."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        if name.endswith((f"/{INDEX}", f"/{TABLE}", f"/{JOURNAL}")):
+            folder, _, mark = name.rpartition("/")
+            found.setdefault(folder, set()).add(mark)
+    return sorted(folder for folder, marks in found.items() if JOURNAL in marks or {INDEX, TABLE} <= marks)
 
 
 def indexed_source(folder: str, unlabelled: bool) -> Source:
@@ -34,13 +57,20 @@ def indexed_source(folder: str, unlabelled: bool) -> Source:
 def tar_source(paths: list[str], unlabelled: bool, workers: int) -> Source:
     """The samples of tars without an index: of each, the image and the number in ``.cls``; other members stay out.
 
-    Classes are named by ``classes.txt`` beside the tars, or "0", "1", ...
+    Classes are named by ``classes.txt`` beside the tars, or "0", "1", ... Symbolic links are counted on standard error.
 
     Raises:
         DataError: a tar that is cut short or damaged, a label that is missing, is no number or has no class, or a
             key that comes twice.
     """
-    items = [item for found in ordered(partial(_samples, labels=not unlabelled), paths, workers) for item in found]
+    items: list[Item] = []
+    links: list[str] = []
+    for found, left_out in ordered(partial(_samples, labels=not unlabelled), paths, workers):
+        items += found
+        links += left_out
+    if links:
+        print(f"{shown(paths[0])}{' and others' if len(paths) > 1 else ''}: {len(links):,} members left out, links or "
+              f"special files ({links[0]}{', ...' if len(links) > 1 else ''})", file=sys.stderr)  # fmt: skip
     seen: dict[str, Item] = {}
     for item in items:
         other = seen.setdefault(item.key, item)
@@ -61,13 +91,17 @@ def tar_source(paths: list[str], unlabelled: bool, workers: int) -> Source:
     return Source(items, classes or [str(i) for i in range(highest + 1)])
 
 
-def _samples(path: str, labels: bool) -> list[Item]:
-    """A sample is a run of members with the same name up to the first dot (WebDataset's rule)."""
+def _samples(path: str, labels: bool) -> tuple[list[Item], list[str]]:
+    """The samples of a tar, and the names of members that are no files.
+
+    A sample is a run of members with the same name up to the first dot (WebDataset's rule).
+    """
     items: list[Item] = []
+    left_out: list[str] = []
     key = ""
     found: dict[str, Member] = {}  # members, by extension, of the sample that is being read
     with open_seekable(path) as file:
-        for member in sound_members(file, path):
+        for member in sound_members(file, path, left_out=left_out):
             folder, slash, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
             if re.fullmatch(r"__.*__", stem):
@@ -78,7 +112,7 @@ def _samples(path: str, labels: bool) -> list[Item]:
             if extension.lower() in found:
                 raise DataError(f"{path}: key {key!r} comes twice, again at byte {member.offset}: keys must be unique")
             found[extension.lower()] = member
-    return items + ([_item(path, key, found, labels)] if found else [])
+    return items + ([_item(path, key, found, labels)] if found else []), left_out
 
 
 def _item(path: str, key: str, found: dict[str, Member], labels: bool) -> Item:

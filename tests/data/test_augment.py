@@ -10,7 +10,7 @@ from torchvision import transforms
 
 from tests.data.pictures import encode, picture
 from ummim.data import Augment, DataConfig, decode
-from ummim.data.augment import PADDING, draw_crop, resize
+from ummim.data.augment import PADDING, draw_crop, resize, trim
 from ummim.errors import RecipeError
 
 
@@ -161,6 +161,13 @@ def test_the_centre_view_takes_the_whole_short_side() -> None:
     assert found.shape == (3, 20, 20)
     assert found[2, :, 2:-2].min() > 250
     assert centre(picture(size=(7, 90))).shape == (3, 20, 20)  # enlarged where it must be
+
+
+@pytest.mark.parametrize("size", [(1, 6000), (6000, 1)])
+def test_a_line_of_pixels_is_trimmed_before_it_is_enlarged(size: tuple[int, int]) -> None:
+    assert trim(picture(size=size)).size in ((1, 32), (32, 1))
+    assert Augment(DataConfig("", image_size=64)).centre(picture(size=size)).shape == (3, 64, 64)
+    assert trim(whole := picture(size=(3, 96))) is whole
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,13 @@ def test_transparency_of_grey_and_palette_images_is_white_too() -> None:
     assert found[1, 1].tolist() == [0, 255, 0]
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pixels_without_a_known_range_are_refused(kind: type) -> None:
+    values: np.ndarray = np.linspace(0, 1 if kind is np.float32 else 255, 48 * 40).reshape(40, 48).astype(kind)
+    with pytest.raises(ValueError, match="32 bits have no known range: convert them to 8 bits"):
+        decode(encode(Image.fromarray(values), "TIFF"))
+
+
 def test_sixteen_bit_grey_keeps_its_upper_byte() -> None:
     values = (np.arange(48 * 40, dtype=np.uint16) * 34).reshape(40, 48)
     found = pixels(encode(Image.fromarray(values), "PNG"))

@@ -154,6 +154,30 @@ def test_a_file_name_that_is_not_unicode(tmp_path: Path) -> None:
     assert ShardIndex.open(tmp_path / "dst").key(0) == "caf_"
 
 
+def test_a_bad_image_whose_name_is_not_unicode_is_listed_by_it(tree: Path, tmp_path: Path) -> None:
+    path = tree / "cat" / os.fsdecode(b"caf\xe9.jpg")
+    path.write_bytes(b"no picture")
+    assert run("build", tree, tmp_path / "dst", "--max-bad", 0.1) == 0
+    line = (tmp_path / "dst" / "quarantine.jsonl").read_text("utf-8")
+    assert json.loads(line)["file"] == str(path)
+    assert len(ShardIndex.open(tmp_path / "dst")) == 24
+
+
+def test_classes_whose_names_are_not_unicode_are_not_listed_as_one(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tree / "bird").rename(tree / os.fsdecode(b"\xe8"))
+    assert run("build", tree, tmp_path / "one") == 0
+    assert ShardIndex.open(tmp_path / "one").classes == ["cat", "\ufffd"]
+    (tree / "cat").rename(tree / os.fsdecode(b"\xe9"))
+    capsys.readouterr()
+    assert run("build", tree, tmp_path / "two") == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "would all be listed as '\ufffd': rename them" in message
+    assert not (tmp_path / "two").exists()
+
+
 def test_bad_images_are_left_out_up_to_the_share(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """Builds that are killed at any moment."""
 
+import fcntl
 import multiprocessing
 import os
 import random
@@ -123,9 +124,9 @@ def kill_at(point: str, count: int) -> None:
     setattr(owner, name, killing)
 
 
-def _killed_build(point: str, count: int, src: Path, dst: Path) -> None:
+def _killed_build(point: str, count: int, src: Path, dst: Path, *options: str) -> None:
     kill_at(point, count)
-    run("build", src, dst, "--shard-count", 5)
+    run("build", src, dst, "--shard-count", 5, *options)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +154,56 @@ def test_a_killed_build_run_again_gives_the_same_bytes(
     assert contents(dst) == contents(shards)
 
 
+def test_a_killed_build_that_overwrites_goes_on(tree: Path, shards: Path, tmp_path: Path) -> None:
+    dst = tmp_path / "dst"
+    assert run("build", tree, dst, "--shard-count", 9) == 0
+    process = multiprocessing.get_context("fork").Process(
+        target=_killed_build, args=("before the journal's line", 3, tree, dst, "--overwrite")
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    stamp = (dst / "shard-000001.tar").stat().st_mtime_ns
+    assert run("build", tree, dst, "--shard-count", 5, "--overwrite") == 0
+    assert (dst / "shard-000001.tar").stat().st_mtime_ns == stamp
+    assert contents(dst) == contents(shards)
+    assert run("build", tree, dst, "--shard-count", 5, "--overwrite") == 0  # a finished one is made again
+    assert (dst / "shard-000001.tar").stat().st_mtime_ns != stamp
+
+
+def test_an_unfinished_build_is_overwritten_from_the_start(tree: Path, shards: Path, tmp_path: Path) -> None:
+    dst = tmp_path / "dst"
+    process = multiprocessing.get_context("fork").Process(
+        target=_killed_build, args=("before the journal's line", 3, tree, dst)
+    )
+    process.start()
+    process.join()
+    stamp = (dst / "shard-000000.tar").stat().st_mtime_ns
+    assert run("build", tree, dst, "--shard-count", 5, "--overwrite") == 0
+    assert (dst / "shard-000000.tar").stat().st_mtime_ns != stamp
+    assert contents(dst) == contents(shards)
+
+
+@pytest.mark.parametrize("moment", ["while the lock is waited for", "before the journal is opened"])
+def test_a_build_that_waits_for_its_like_finds_it_finished(
+    tree: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str
+) -> None:
+    before, path = contents(shards), shards / "build.journal"
+    other = os.open(path, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(other, fcntl.LOCK_EX)
+
+    def end(*_: object) -> None:
+        path.unlink(missing_ok=True)
+        fcntl.flock(other, fcntl.LOCK_UN)
+
+    owner, name = (journal.time, "sleep") if moment.startswith("while") else (journal, "refuse_others")
+    monkeypatch.setattr(owner, name, end)
+    assert run("build", tree, shards, "--shard-count", 5) == 0
+    os.close(other)
+    assert "already built, nothing to do" in capsys.readouterr().out
+    assert contents(shards) == before
+
+
 def test_an_unfinished_build_is_not_taken_for_shards(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,10 +222,10 @@ def test_an_unfinished_build_is_not_taken_for_shards(
 def test_workers_end_with_a_build_that_is_killed(tmp_path: Path) -> None:
     src = write_tree(tmp_path / "images", each=40)
     slow = (
-        "import time, multiprocessing, data_prep.packing as p, data_prep.__main__ as m\n"
+        "import os, time, data_prep.packing as p, data_prep.__main__ as m\n"
         "convert = p.convert\n"
         "def slow(*arguments):\n"
-        "    print(multiprocessing.current_process().pid, flush=True); time.sleep(0.5)\n"
+        "    os.write(1, f'{os.getpid()}\\n'.encode()); time.sleep(0.5)\n"  # one write: two workers share the pipe
         "    return convert(*arguments)\n"
         "p.convert = slow\n"
         f"m.main(['build', {str(src)!r}, {str(tmp_path / 'dst')!r}, '--workers', '2', '--shard-count', '10'])\n"

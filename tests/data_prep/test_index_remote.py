@@ -91,6 +91,20 @@ def test_the_index_of_a_web_server_lies_in_a_folder_that_is_read_like_any(web: s
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+def test_a_folder_with_other_classes_or_with_shards_takes_no_index(
+    web: str, folder: Path, tmp_path: Path, capsys
+) -> None:
+    out = tmp_path / "index"
+    assert run("index", web, "--out", out) == 0
+    assert run("index", web, "--out", out) == 0
+    before = contents(out)
+    (folder / "classes.txt").write_text("ant\nzebra\n")
+    assert "classes.txt is not the class list of http" in refusal(capsys, web, "--out", out)
+    assert contents(out) == before
+    shards = foreign(tmp_path / "mine")
+    assert "holds shards, which have an index of their own" in refusal(capsys, web, "--out", shards)
+
+
 def test_faults_of_shards_behind_an_index_of_its_own_are_found(web: str, folder: Path, tmp_path: Path, capsys) -> None:
     assert run("index", web, "--out", tmp_path / "index") == 0
     (folder / "00001.tar").unlink()

@@ -83,6 +83,16 @@ def test_labels_that_do_not_fit_the_images(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["data.bin", "data.bin.gz", "train.idx"])
+def test_a_file_of_another_name_is_not_its_own_labels(tmp_path: Path, name: str) -> None:
+    data = idx(np.zeros((5, 8, 8), np.uint8))
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    (tmp_path / "data.bin").write_bytes(data)  # beside data.bin.gz: the same images again
+    source = open_source(tmp_path / name)
+    assert source.classes is None
+    assert [item.label for item in source.items] == [-1] * 5
+
+
 def test_a_broken_gzip_is_named(tmp_path: Path) -> None:
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(np.zeros((3, 4, 4), np.uint8)))[:-9])
     with pytest.raises(DataError, match="train-images-idx3-ubyte.gz cannot be read"):

@@ -89,6 +89,9 @@ def test_urls_are_read_where_they_lie(root: Path) -> None:
         ("path,label,class\na.jpg,0,cat\nb.jpg,0,dog\n", "line 3: label 0 is class 'dog' here, 'cat' further up"),
         ("path,label,class\na.jpg,0,cat\nb.jpg,1,cat\n", "the class 'cat' comes twice"),
         ('path,class\na.jpg,"two\nlines"\n', "has a line break in its name"),
+        ('path,note\na.jpg,x\nb.jpg,"y\nc.jpg,z\nd.jpg,z\n', "line 3: unexpected end of data: .*stray quotation mark"),
+        ('path,note\na.jpg,x\nb.jpg,"y\nc.jpg,"z"\nd.jpg,z\n', "line 3: .*stray quotation mark"),
+        ('path,"note\na.jpg,x\n', "line 1: unexpected end of data"),
     ],
 )
 def test_mistakes_in_a_csv_are_named_by_line(root: Path, content: str, complaint: str) -> None:
@@ -113,6 +116,22 @@ def test_mistakes_in_a_jsonl_are_named_by_line(root: Path, content: str, complai
     (root / "list.jsonl").write_text(content)
     with pytest.raises(DataError, match=complaint):
         open_source(root / "list.jsonl")
+
+
+def test_a_jsonl_is_labelled_if_any_row_is(root: Path) -> None:
+    path = root / "list.jsonl"
+    for column in ("label", "class"):
+        path.write_text(f'{{"path": "cat/cat00.jpg"}}\n{{"path": "bird/bird00.jpg", "{column}": "bird"}}\n')
+        assert f"{path}, line 1: {column} is None, not a number or a name: complete it" in refused(path)
+        assert open_source(path, Reading(unlabelled=True)).classes is None
+
+
+def test_columns_of_parquet_are_refused_elsewhere(root: Path, shards: Path) -> None:
+    path = root / "list.csv"
+    path.write_text("path,kind\ncat/cat00.jpg,cat\n")
+    for src in (path, root, shards, f"{shards}/*.tar"):
+        assert f"--label-column kind: {src} is no Parquet" in refused(Path(src), Reading(label_column="kind"))
+        assert f"--image-column path: {src} is no Parquet" in refused(Path(src), Reading(image_column="path"))
 
 
 def test_other_mistakes(root: Path) -> None:

@@ -79,6 +79,26 @@ def test_shards_and_manifests_in_an_object_store(tmp_path: Path) -> None:
         open_source("memory://bucket/lists/list.csv")
 
 
+def test_an_unfinished_build_that_was_copied_to_a_store(tmp_path: Path) -> None:
+    fsspec.filesystem("memory").put(str(foreign_shards(tmp_path / "laion")), "/bucket/part", recursive=True)
+    fsspec.filesystem("memory").pipe_file("/bucket/part/build.journal", b"{}")
+    with pytest.raises(DataError, match="memory://bucket/part holds an unfinished build: run that build to its end"):
+        open_source("memory://bucket/part")
+
+
+def test_a_pattern_of_images_over_several_folders(web: str, tmp_path: Path) -> None:
+    store = fsspec.filesystem("memory")
+    for i, name in enumerate(["a/0", "a/1", "b c/0", "b c/1%"]):
+        store.pipe_file(f"/bucket/pattern/{name}.png", encode(picture(i), "PNG"))
+        (tmp_path / "web" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "web" / f"{name}.png").write_bytes(encode(picture(i), "PNG"))
+    for place in ("memory://bucket/pattern", web, str(tmp_path / "web")):
+        source = open_source(f"{place}/*/*.png")
+        assert [(item.key, read_item(item)) for item in source.items] == [
+            (name, encode(picture(i), "PNG")) for i, name in enumerate(["a/0", "a/1", "b c/0", "b c/1%"])
+        ]
+
+
 def test_parquet_on_a_web_server(web: str, tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     from tests.data_prep.test_sources_parquet import hugging_face

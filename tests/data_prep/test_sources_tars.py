@@ -1,6 +1,9 @@
 """ImageNet's tars and shards as sources."""
 
 import json
+import os
+import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -168,6 +171,58 @@ def test_a_sample_without_an_image_goes_to_the_quarantine(tmp_path: Path) -> Non
     line = json.loads((tmp_path / "dst" / "quarantine.jsonl").read_text())
     assert line["reason"] == "the sample has no image"
     assert "x.tar: a at byte" in line["file"]
+
+
+def test_hard_links_in_a_tar_are_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = tmp_path / "tree"
+    for name, seed in (("a/0", 0), ("a/1", 1), ("b/2", 2)):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / f"{name}.jpg").write_bytes(encode(picture(seed)))
+        (tree / f"{name}.cls").write_text(f"{seed}")
+    for twin in ("b/0", "c/0"):
+        (tree / twin).parent.mkdir(exist_ok=True)
+        os.link(tree / "a/0.jpg", tree / f"{twin}.jpg")
+        os.link(tree / "a/0.cls", tree / f"{twin}.cls")
+    (tree / "c/3.jpg").symlink_to("0.jpg")
+    os.link(tree / "c/3.jpg", tree / "c/4.jpg", follow_symlinks=False)
+    subprocess.run(["tar", "cf", tmp_path / "x.tar", "--sort=name", "-C", tree, "."], check=True)
+    source = open_source(tmp_path / "x.tar")
+    assert {item.key: item.label for item in source.items} == {
+        "./a/0": 0,
+        "./a/1": 1,
+        "./b/0": 0,
+        "./b/2": 2,
+        "./c/0": 0,
+    }
+    assert all(read_item(item) == (tree / f"{item.key}.jpg").read_bytes() for item in source.items)
+    assert "x.tar: 2 members left out, links or special files (./c/3.jpg, ...)" in capsys.readouterr().err
+
+
+def test_a_hard_link_to_nothing_is_named(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as file:
+        link = tarfile.TarInfo("b/0.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "a/0.jpg"
+        file.addfile(link)
+    with pytest.raises(DataError, match=r"x.tar: member 'b/0.jpg' is a hard link to 'a/0.jpg', which does not stand"):
+        open_source(tmp_path / "x.tar")
+
+
+def test_an_unfinished_build_is_no_source(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (shards / "build.journal").write_text("{}\n")
+    for remains in ("with its index", "without"):
+        for src in (shards, f"{shards}/shard-*.tar", shards / "shard-000001.tar"):
+            assert run("build", src, tmp_path / "dst") == 2, remains
+            message = capsys.readouterr().err
+            assert message.endswith(f"{shards} holds an unfinished build: run that build to its end first\n")
+        (shards / "index.json").unlink(missing_ok=True)
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_called_a_tar_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "x.tar")
+    for src in (tmp_path, tmp_path / "x.tar"):
+        assert run("build", src, tmp_path / "dst") == 2
+        assert f"{tmp_path}/x.tar cannot be read: not a regular file" in capsys.readouterr().err
 
 
 def test_compressed_tars_are_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from ummim.data.images import Pixels, decode
 View = Literal["random", "centre", "whole"]
 
 PADDING = 4  # of the padded crop, in pixels (MFF)
+THIN = 32  # longer than so many widths, an image is trimmed
 
 
 class Box(NamedTuple):
@@ -53,6 +54,7 @@ class Augment:
         )
         self.centre = v2.Compose(
             [
+                v2.Lambda(trim),
                 v2.Resize(size, InterpolationMode.BICUBIC, antialias=True),
                 v2.CenterCrop(size),
                 v2.PILToTensor(),
@@ -122,6 +124,18 @@ class Augment:
         left, top = left - PADDING, top - PADDING
         box = Box(left / w, top / h, (left + size) / w, (top + size) / h)
         return _turned(view, box, rng.random() < self.config.hflip)
+
+
+def trim(image: Image.Image) -> Image.Image:
+    """``image``, or its middle if it is more than ``THIN`` times as long as wide: the whole of a line of pixels would
+    take gigabytes once its short side is resized."""
+    width, height = image.size
+    limit = THIN * min(width, height)
+    if max(width, height) <= limit:
+        return image
+    w, h = min(width, limit), min(height, limit)
+    left, top = (width - w) // 2, (height - h) // 2
+    return image.crop((left, top, left + w, top + h))
 
 
 def _turned(view: Tensor, box: Box, flipped: bool) -> tuple[Tensor, Box]:

@@ -3,6 +3,7 @@
 * The EXIF orientation is applied.
 * Transparent pixels (RGBA, LA, palette with transparency) are composited on white.
 * 16-bit grey is reduced to 8 bits (value // 256); grey, palette, CMYK and others become RGB as Pillow has it.
+* Pixels of 32 bits, floats or integers, are refused: whether white is 1, 255 or 2**31 is nowhere told.
 * Of an animation, the first frame counts.
 * Images above Pillow's decompression-bomb limit (about 179 million pixels) are refused.
 * Only the formats in ``FORMATS`` are tried, whatever a file's name: Pillow knows many more, some of them by running
@@ -68,8 +69,10 @@ def open_image(data: bytes) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Decode ``image`` in full and apply the rules above; the result has mode RGB."""
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise ValueError("pixels of 32 bits have no known range: convert them to 8 bits")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # I;16, I;16B, and I as PNG and PGM use it
+    if image.mode.startswith("I"):  # I;16, I;16B, and I as PGM uses it
         image = Image.fromarray((np.asarray(image).astype(np.int64) // 256).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -31,7 +31,7 @@ def _acquire(path: Path, wait: bool) -> int | None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if _is_at(descriptor, path):  # else its last holder has removed it
+            if is_at(descriptor, path):  # else its last holder has removed it
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
@@ -42,7 +42,8 @@ def _acquire(path: Path, wait: bool) -> int | None:
         os.close(descriptor)
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether ``path`` still names the file that is open as ``descriptor``: its last holder may have removed it."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
