@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from data_prep.__main__ import main as data_prep
+from tests.data.pictures import write_tree
 from tests.interop.exports import CHECKPOINT, images_of, shaken, tiny
 from ummim.__main__ import main
+from ummim.data import ShardIndex
 from ummim.data.config import LabelledDataConfig
 from ummim.downstream.classify import build_classifier
 from ummim.downstream.encoders import load_encoder
@@ -152,3 +156,52 @@ def test_a_runs_folder_is_exported_and_one_of_neighbours_says_what_to_give(
     (tmp_path / "knn" / "recipe.yaml").write_text(dump_recipe(neighbours))
     assert main(["export", str(tmp_path / "knn"), str(tmp_path / "c.safetensors")]) == 2
     assert "leave no checkpoint: give the weights that were evaluated, w" in capsys.readouterr().err
+
+
+CLASSES = ("ant", "bee", "cat", "dog", "elk")
+
+
+def build(folder: Path, classes: tuple[str, ...] = CLASSES) -> Path:
+    """Shards of one picture of each class."""
+    tree = write_tree(folder / "-".join(classes), classes, each=1)
+    assert data_prep(["build", str(tree), str(folder / f"{tree.name}-shards"), "--workers", "1"]) == 0
+    return folder / f"{tree.name}-shards"
+
+
+def export_trained(shards: Path, digest: str | None, folder: Path) -> tuple[Any, str, str]:
+    """The names, the printed lines and the card of a classifier whose run read shards with this index digest."""
+    pytest.importorskip("transformers")
+    recipe, model = evaluation("mae", "mean")
+    recipe = replace(recipe, data=replace(recipe.data, shards=str(shards)))
+    step = folder / "run" / "checkpoints" / "step-3"
+    step.mkdir(parents=True, exist_ok=True)
+    (step / "state.json").write_text(json.dumps({"step": 3, "index_digest": digest}))
+    path, lines = export(recipe, model, step, folder / "out", "huggingface")
+    assert verify(path)[0]
+    config = json.loads((path / "config.json").read_text())
+    return list(config["id2label"].values()), lines, (path / "README.md").read_text()
+
+
+def test_classes_have_the_names_of_the_runs_shards(tmp_path: Path) -> None:
+    shards = build(tmp_path)
+    names, lines, card = export_trained(shards, ShardIndex.open(shards).digest, tmp_path)
+    assert names == list(CLASSES) and "note" not in lines and "numbers, not names" not in card
+
+
+@pytest.mark.parametrize(
+    ("kind", "digest", "why"),
+    [
+        ("rebuilt", "ab" * 32, "the shards now have index digest .*, and the run's had abababababab"),
+        ("untold", None, "does not tell which shards it was trained on"),
+        ("gone", "ab" * 32, "the training shards, which name them, are not at hand"),
+        ("fewer", None, "name 2 classes, and the head has 5"),
+    ],
+)
+def test_names_of_other_shards_are_not_taken(kind: str, digest: str | None, why: str, tmp_path: Path) -> None:
+    folder = tmp_path / "nowhere" if kind == "gone" else build(tmp_path, CLASSES[:2] if kind == "fewer" else CLASSES)
+    if kind == "fewer":
+        digest = ShardIndex.open(folder).digest
+    names, lines, card = export_trained(folder, digest, tmp_path)
+    assert names == [str(label) for label in range(5)]
+    assert re.search(f"\nnote: classes are numbers, not names: .*{why}", lines)
+    assert re.search(f"- Classes are numbers, not names: .*{why}", card) and str(tmp_path) not in card

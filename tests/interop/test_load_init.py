@@ -149,7 +149,7 @@ def test_what_cannot_be_a_start_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "broken" / "config.json").write_text("{")
     (tmp_path / "empty").mkdir()
     for file, family, part in (
-        (path, None, "has no block of this recipe's ViT"),
+        (path, None, "method.encoder.kind is swin in exported encoder and vit in this recipe: take a recipe with such"),
         (path, "nonsense", "family = 'nonsense' is not supported; supported are: mae_vit"),
         (tmp_path / "nowhere.pth", None, "no such file or folder"),
         (tmp_path / "junk.safetensors", None, "cannot be read as safetensors"),

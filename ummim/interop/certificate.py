@@ -6,6 +6,7 @@ It is JSON, ``OUT.certificate.json`` for a file and ``certificate.json`` in a fo
 import hashlib
 import json
 import re
+from collections.abc import Container, Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -20,13 +21,16 @@ from ummim.data.urls import is_url, local_path
 from ummim.engine.checkpoint import FOLDER, STATE
 from ummim.environment import environment
 from ummim.errors import UserError
-from ummim.interop.check import Target, compare_samples, library, loaded_outputs
+from ummim.interop.check import ExportFailed, Target, compare_samples, library, loaded_outputs
+from ummim.interop.stated import check_statement
 from ummim.recipe_file import to_dict
 from ummim.run_config import RunConfig
 
 VERSION = 1
 IN_FOLDER = "certificate.json"
 CARD_IN_FOLDER = "README.md"
+LOADED = (".bin", ".safetensors", ".pth", ".pt", ".h5", ".msgpack", ".ckpt")  # suffixes of what loaders look for
+ADAPTER = "adapter_config.json"  # names weights that transformers adds
 
 
 def certificate_path(exported: Path) -> Path:
@@ -102,19 +106,33 @@ def run_folder(checkpoint: Path) -> Path | None:
     return checkpoint.parent.parent if checkpoint.parent.name == FOLDER else None
 
 
-def hashes(exported: Path) -> dict[str, dict[str, Any]]:
-    """{name: bytes and sha256} of an exported file, or of all files of a folder but certificate and card."""
-    files = [exported]
-    if exported.is_dir():
-        files = [path for path in sorted(exported.iterdir()) if path.name not in (IN_FOLDER, CARD_IN_FOLDER)]
+def hashes(exported: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+    """{name: bytes and sha256} of an exported file, or of the files of a folder but certificate and card; ``names``:
+    of these only, as far as they are there."""
+    files = [exported] if not exported.is_dir() else [exported / name for name in _files(exported)]
+    wanted = None if names is None else set(names)
+    files = [path for path in files if wanted is None or path.name in wanted]
     return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+
+
+def uncertified(exported: Path, names: Container[str]) -> tuple[list[str], list[str]]:
+    """The other files of a folder: those that a loader may take for the weights, and the rest. Folders in it, such as
+    .git, are not looked into; beside a file, nothing is."""
+    found = [name for name in _files(exported) if name not in names] if exported.is_dir() else []
+    taken = [name for name in found if Path(name).suffix.lower() in LOADED or name == ADAPTER]
+    return taken, [name for name in found if name not in taken]
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()
+                  if path.is_file() and path.name not in (IN_FOLDER, CARD_IN_FOLDER))  # fmt: skip
 
 
 def read_certificate(exported: Path) -> dict[str, Any]:
     """The certificate of an export.
 
     Raises:
-        UserError: no export there, no certificate beside it, or one that cannot be read.
+        UserError: no export there, no certificate beside it, or one that cannot be read or is damaged.
     """
     if not exported.exists():
         raise UserError(f"{exported}: no such file or folder; give what ummim export wrote")
@@ -122,9 +140,19 @@ def read_certificate(exported: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no certificate there; ummim export writes one beside what it exports")
     found = read_json(path)
-    stated, check = found.get("exported", {}), found.get("check", {})
-    if found.get("certificate") != VERSION or {*Target._fields, "files"} - stated.keys() or "outputs" not in check:
+    if found.get("certificate") != VERSION:
         raise UserError(f"{path}: is no certificate of this version of ummim (certificate: {VERSION}); export again")
+    try:
+        check_statement(found)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        fault = "a part of it is of another kind"
+        if isinstance(error, KeyError | ValueError):
+            fault = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path}: is damaged or no certificate of ummim export ({fault}); export again") from None
+    form = found["exported"]["form"]
+    if (form == "huggingface") != exported.is_dir():
+        here = "folder" if exported.is_dir() else "file"
+        raise UserError(f"{path}: certifies the format {form}, which is no {here}; give what ummim export wrote")
     return found
 
 
@@ -132,21 +160,32 @@ def verify(exported: Path) -> tuple[bool, list[str]]:
     """Check files and numbers of an export against its certificate: whether both hold, and what was found.
 
     Raises:
-        UserError: nothing to check, or a library that is not installed.
+        UserError: nothing to check, a damaged certificate, or a library that is not installed.
     """
     certificate = read_certificate(exported)
     stated = certificate["exported"]
     lines, whole = [], True
-    found = hashes(exported)
+    found = hashes(exported, stated["files"])
     for name, expected in stated["files"].items():
         same = found.get(name) == expected
         whole = whole and same
-        state = "as certified" if same else "missing" if name not in found else "changed"
+        state = "as certified" if same else "changed" if name in found else "missing"
         lines.append(f"{name}: {state}, sha256 {expected['sha256'][:12]}")
-    if not whole:
+    taken, others = uncertified(exported, stated["files"])
+    lines += [f"{name}: NOT certified, and a loader may take it for the weights: remove it" for name in taken]
+    lines += [f"{name}: not certified" for name in others]
+    if not whole or taken:
         return False, [*lines, "the numbers were not checked"]
     target = Target(*(stated[key] for key in Target._fields))
-    check = compare_samples(loaded_outputs(target, exported), certificate["check"])
+    try:
+        check = compare_samples(loaded_outputs(target, exported), certificate["check"])
+    except UserError:
+        raise
+    except ExportFailed as failure:
+        return False, [*lines, str(failure)]
+    except Exception as error:  # words that do not fit the weights let a library raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return False, [*lines, f"cannot be loaded as its certificate says: {reason}"]
     lines.append(difference_line(target, check))
     return check["passed"], lines
 
@@ -177,7 +216,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """What a file holds, if it is a JSON object; else nothing."""
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 

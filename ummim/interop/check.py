@@ -1,6 +1,5 @@
 """The numerical check of an export: it is loaded back by the library it is for and compared on fixed images."""
 
-import json
 import math
 from functools import partial
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from ummim.downstream.classify import Classifier
 from ummim.downstream.probe import Probe
 from ummim.errors import UserError
 from ummim.interop.official import load_official
+from ummim.interop.trusted import from_pretrained_arguments, plain_folder, timm_model
 from ummim.masking import MaskPlan
 from ummim.methods.api import Method
 from ummim.nn.targets import patchify
@@ -111,7 +111,8 @@ def loaded_outputs(target: Target, path: Path) -> Outputs:
     """What the export at ``path``, a file or a folder, makes of them, loaded by the library it is for.
 
     Raises:
-        UserError: transformers is needed and not installed.
+        UserError: transformers is needed and not installed, or what is stated is not what an export of ours states.
+        ExportFailed: the library does not take the tensors.
     """
     loaders = {"safetensors": _ours, "timm": _timm, "official": _official, "huggingface": _huggingface}
     return loaders[target.form](target, path)
@@ -159,9 +160,16 @@ def compare_samples(found: Outputs, check: dict[str, Any]) -> dict[str, Any]:
         theirs = found[name]
         difference = float("inf")
         if list(theirs.shape) == kept["shape"]:
-            difference = max(abs(a - b) for a, b in zip(sample(theirs), kept["sample"], strict=True))
+            pairs = zip(sample(theirs), kept["sample"], strict=True)
+            largest = abs(float(theirs.abs().max()) - kept["largest"])  # it scales the tolerance, so it is compared too
+            difference = _most([largest, *(abs(a - b) for a, b in pairs)])
         outputs[name] = {**kept, "max_abs_difference": difference}
     return _judged(outputs)
+
+
+def _most(values: list[float]) -> float:
+    """The largest; NaN if any is."""
+    return float(np.max(values))
 
 
 def sample(output: Tensor) -> list[float]:
@@ -197,11 +205,10 @@ def _ours(target: Target, path: Path) -> Outputs:
 
 def _timm(target: Target, path: Path) -> Outputs:
     with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    kwargs = json.loads(metadata["kwargs"])
-    if metadata["architecture"].startswith("swin") or float(metadata["norm_eps"]) != VIT_EPS:
-        kwargs["norm_layer"] = partial(nn.LayerNorm, eps=float(metadata["norm_eps"]))
-    model: Any = timm.create_model(metadata["architecture"], pretrained=False, **kwargs).eval()
+        name, kwargs, eps = timm_model(path, file.metadata() or {})
+    if name.startswith("swin") or eps != VIT_EPS:
+        kwargs["norm_layer"] = partial(nn.LayerNorm, eps=eps)
+    model: Any = timm.create_model(name, pretrained=False, **kwargs).eval()
     model.load_state_dict(load_file(path), strict=True)
     if "logits" in target.outputs:
         return {"logits": model(fixed_images(target.image_size))}
@@ -225,11 +232,12 @@ def _from_pretrained(target: Target, path: Path) -> Any:
     if target.model not in ARCHITECTURES:  # a certificate may say anything
         raise UserError(f"{path}: {target.model!r} is no class that ummim exports to: {', '.join(ARCHITECTURES)}")
     kind = getattr(transformers, target.model)
-    arguments = {key: value for key, value in target.arguments.items() if key != "mask_ratio"}
+    arguments = from_pretrained_arguments(path, target.arguments)
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, info = kind.from_pretrained(path, output_loading_info=True, local_files_only=True, **arguments)
+        with plain_folder(path) as folder:
+            model, info = kind.from_pretrained(folder, output_loading_info=True, **arguments)
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -18,7 +18,6 @@ from ummim.downstream.classify import Classifier
 from ummim.downstream.probe import Probe
 from ummim.errors import UserError
 from ummim.interop.certificate import (
-    IN_FOLDER,
     card_path,
     certificate_path,
     difference_line,
@@ -26,6 +25,7 @@ from ummim.interop.certificate import (
     make_certificate,
     read_json,
     run_folder,
+    source_of,
 )
 from ummim.interop.check import NEEDS_TRANSFORMERS, ExportFailed, Target, compare, loaded_outputs, our_outputs
 from ummim.interop.huggingface import HuggingFaceModel, to_huggingface, write_folder
@@ -33,6 +33,7 @@ from ummim.interop.huggingface_classifier import classifier_to_huggingface
 from ummim.interop.model_card import model_card
 from ummim.interop.official import family_of, save_official
 from ummim.interop.official_sizes import official_sizes
+from ummim.interop.publish import check_folder, is_halfway, mend, publish_folder
 from ummim.interop.timm import export_timm, save_timm, write_timm
 from ummim.interop.timm_classifier import classifier_to_timm
 from ummim.methods.api import Method
@@ -45,7 +46,7 @@ FORMATS = ("safetensors", "timm", "official", "huggingface")
 
 
 class Exported(NamedTuple):
-    """An export that agrees with its model: where it is, and the result of the check in one line."""
+    """An export that agrees with its model: where it is, and the result of the check in one line, then the notes."""
 
     path: Path
     line: str
@@ -70,7 +71,7 @@ def export(
         recipe: of the run.
         model: with the checkpoint's weights, on the CPU.
         checkpoint: the step folder that they come from.
-        out: the file to write; for huggingface, the folder.
+        out: the file to write; for huggingface, the folder, in which only an earlier export is replaced.
         form: one of ``FORMATS``.
         encoder_only: huggingface: the encoder, even where transformers has the whole model.
 
@@ -81,38 +82,63 @@ def export(
     if encoder_only and form != "huggingface":
         raise UserError(f"--model encoder goes with --format huggingface; --format {form} leaves no choice")
     _check_target(out, form)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = out.with_name(f".{out.name}.partial")
+    place = out.resolve() if form == "huggingface" else out  # of a link to a folder, the folder
+    place.parent.mkdir(parents=True, exist_ok=True)
+    staging = place.with_name(f".{place.name}.partial")
+    mend(staging, place)
     shutil.rmtree(staging, ignore_errors=True)
     staged = staging / out.name
     try:
         staging.mkdir()
-        written = _write(recipe, model, staged, form, encoder_only)
-        for file in staged.rglob("*") if staged.is_dir() else [staged]:
-            file.chmod(0o644)  # safetensors writes files that only their owner may read
-        check = compare(loaded_outputs(written.target, staged), our_outputs(model, written.target))
-        line = difference_line(written.target, check)
-        if not check["passed"]:
-            raise ExportFailed(f"{out}: was not written: {line}")
-        encoder = model.backbone.encoder if isinstance(model, Probe) else model.encoder
-        certificate = make_certificate(staged, written.target, written.notes, check, recipe, encoder, checkpoint)
-        write_text(certificate_path(staged), json.dumps(certificate, indent=2) + "\n")
-        run = run_folder(checkpoint)
-        evaluation = {} if run is None else read_json(run / "evaluation.json")
-        write_text(card_path(staged), model_card(certificate, evaluation))
-        _publish(staged, out)
+        line = _stage(recipe, model, checkpoint, staged, out, form, encoder_only)
+        if staged.is_dir():
+            publish_folder(staged, place)
+        else:
+            _publish_file(staged, out)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if not is_halfway(staging):
+            shutil.rmtree(staging, ignore_errors=True)
     return Exported(out, line)
 
 
+def _stage(
+    recipe: RunConfig,
+    model: Method | Classifier | Probe,
+    checkpoint: Path,
+    staged: Path,
+    out: Path,
+    form: str,
+    encoder_only: bool,
+) -> str:
+    """Write all that ``out`` is to be to ``staged``, and check it; the result, and the notes, in lines."""
+    written = _write(recipe, model, checkpoint, staged, form, encoder_only)
+    for file in staged.rglob("*") if staged.is_dir() else [staged]:
+        file.chmod(0o644)  # safetensors writes files that only their owner may read
+    check = compare(loaded_outputs(written.target, staged), our_outputs(model, written.target))
+    line = difference_line(written.target, check)
+    if not check["passed"]:
+        raise ExportFailed(f"{out}: was not written: {line}")
+    encoder = model.backbone.encoder if isinstance(model, Probe) else model.encoder
+    certificate = make_certificate(staged, written.target, written.notes, check, recipe, encoder, checkpoint)
+    write_text(certificate_path(staged), json.dumps(certificate, indent=2) + "\n")
+    run = run_folder(checkpoint)
+    evaluation = {} if run is None else read_json(run / "evaluation.json")
+    write_text(card_path(staged), model_card(certificate, evaluation))
+    return "\n".join([line, *(f"note: {note}" for note in written.notes)])
+
+
 def _write(
-    recipe: RunConfig, model: Method | Classifier | Probe, staged: Path, form: str, encoder_only: bool
+    recipe: RunConfig,
+    model: Method | Classifier | Probe,
+    checkpoint: Path,
+    staged: Path,
+    form: str,
+    encoder_only: bool,
 ) -> _Written:
     """Write the export itself; what was written, for its check."""
     size = recipe.data.image_size
     if isinstance(model, Classifier | Probe):
-        return _write_evaluation(recipe, model, staged, form)
+        return _write_evaluation(recipe, model, checkpoint, staged, form)
     if form == "huggingface":
         assert isinstance(recipe, Recipe)
         return _write_folder(to_huggingface(model, _hidden_share(recipe), encoder_only), size, staged)
@@ -132,7 +158,9 @@ def _write(
     return _Written(Target(form, type(encoder).__name__, size, {}))
 
 
-def _write_evaluation(recipe: RunConfig, model: Classifier | Probe, staged: Path, form: str) -> _Written:
+def _write_evaluation(
+    recipe: RunConfig, model: Classifier | Probe, checkpoint: Path, staged: Path, form: str
+) -> _Written:
     """A classifier, or a probe: whole in our own format, a linear one elsewhere as a classifier."""
     size, logits = recipe.data.image_size, ("logits",)
     if form == "safetensors":
@@ -151,9 +179,9 @@ def _write_evaluation(recipe: RunConfig, model: Classifier | Probe, staged: Path
         tensors, name, kwargs = classifier_to_timm(classifier)
         save_timm(classifier, tensors, name, kwargs, staged)
         return _Written(Target(form, name, size, {}, None, logits), notes)
-    converted = classifier_to_huggingface(classifier, _class_names(recipe))
-    written = _write_folder(converted, size, staged)
-    return written._replace(notes=(*written.notes, *notes))
+    names, unnamed = _class_names(recipe, checkpoint, classifier.head.out_features)
+    written = _write_folder(classifier_to_huggingface(classifier, names), size, staged)
+    return written._replace(notes=(*written.notes, *notes, *unnamed))
 
 
 def _write_folder(converted: HuggingFaceModel, size: int, staged: Path) -> _Written:
@@ -166,10 +194,22 @@ def _write_folder(converted: HuggingFaceModel, size: int, staged: Path) -> _Writ
     return _Written(target, converted.notes)
 
 
-def _class_names(recipe: RunConfig) -> list[str] | None:
-    """Of the training shards, where they are at hand."""
-    index = local_index(recipe.data.shards)
-    return None if index is None else index.classes
+def _class_names(recipe: RunConfig, checkpoint: Path, classes: int) -> tuple[list[str] | None, tuple[str, ...]]:
+    """Of the training shards, where they are at hand and those of the run; else None, and a note of why."""
+    index, digest = local_index(recipe.data.shards), source_of(recipe, checkpoint)["data_digest"]
+    why = None
+    if index is None:
+        why = "the training shards, which name them, are not at hand"
+    elif digest is None:
+        why = "the checkpoint does not tell which shards it was trained on"
+    elif index.digest != digest:
+        why = f"the shards now have index digest {index.digest[:12]}, and the run's had {digest[:12]}"
+    elif index.classes is None or len(index.classes) != classes:
+        why = f"the training shards name {len(index.classes or ())} classes, and the head has {classes}"
+    if why is not None:
+        return None, (f"classes are numbers, not names: {why}",)
+    assert index is not None
+    return index.classes, ()
 
 
 def _compared(architecture: str) -> tuple[str, ...]:
@@ -204,8 +244,8 @@ def _check_target(out: Path, form: str) -> None:
     if form == "huggingface":
         if out.exists() and not out.is_dir():
             raise UserError(f"{out}: is a file; name the folder to write")
-        if out.is_dir() and any(out.iterdir()) and not (out / IN_FOLDER).is_file():
-            raise UserError(f"{out}: holds other files, no earlier export; name another folder")
+        if out.is_dir():
+            check_folder(out)
         try:
             import transformers  # noqa: F401
         except ImportError:
@@ -220,13 +260,8 @@ def _check_target(out: Path, form: str) -> None:
         raise UserError(f"{out}: --format {form}: {expected}, by which other programs know what it is")
 
 
-def _publish(staged: Path, out: Path) -> None:
-    """Give the staged export its name, then certificate and card theirs; an earlier one's go first."""
-    if staged.is_dir():
-        if out.exists():
-            shutil.rmtree(out)
-        staged.rename(out)
-        return
+def _publish_file(staged: Path, out: Path) -> None:
+    """Give the staged file its name, then certificate and card theirs; an earlier one's go first."""
     certificate_path(out).unlink(missing_ok=True)
     staged.replace(out)
     for path_of in (card_path, certificate_path):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ummim.backbones.sparse_swin import PatchMerging
+from ummim.backbones.table_swin import TableSwin
 from ummim.checkpoint_file import key_faults, listed, read_checkpoint_file
 from ummim.downstream.adapt import Encoder, Pretrained
 from ummim.downstream.classify import Classifier
@@ -25,13 +26,15 @@ from ummim.downstream.task import build_model, encoder_from_scratch
 from ummim.downstream.trained import load_any
 from ummim.engine.checkpoint import MANIFEST, STATE
 from ummim.errors import UserError
-from ummim.interop.certificate import certificate_path, read_json
+from ummim.interop.certificate import read_json
 from ummim.interop.classifier import CLASSIFIERS, fine_tuned_classes, load_official_classifier
 from ummim.interop.from_huggingface import from_huggingface, weights_file
 from ummim.interop.from_timm import from_timm, is_timm
 from ummim.interop.huggingface import CONFIG
 from ummim.interop.official import FAMILIES, assign, check_keys, load_official, read_checkpoint
-from ummim.interop.sizes import SPELLINGS, collect_sizes
+from ummim.interop.sizes import SPELLINGS, collect_sizes, depth_of, one
+from ummim.interop.timm import TIMM_VITS
+from ummim.interop.told import certificate_of, certified_sizes, refuse_guesses
 from ummim.methods.api import Method
 from ummim.recipe import Recipe
 from ummim.recipe_file import build_recipe
@@ -51,6 +54,8 @@ class Source(NamedTuple):
         left: names, there, of tensors that have no place in any method.
         step: of a run.
         identity: the file by whose hash the source is known.
+        decoder_heads: attention heads of the decoder in ``rest``; None: there is none with attention.
+        untold: names of the encoder's sizes that nothing there tells.
     """
 
     form: str
@@ -61,6 +66,8 @@ class Source(NamedTuple):
     left: list[str]
     step: int | None
     identity: Path
+    decoder_heads: int | None = None
+    untold: tuple[str, ...] = ()
 
 
 def read_source(path: Path, family: str | None, sizes: Mapping[str, Any], whole: bool = False) -> Source:
@@ -69,11 +76,13 @@ def read_source(path: Path, family: str | None, sizes: Mapping[str, Any], whole:
     Args:
         path: a file or a folder.
         family: of an official file, a key of ``FAMILIES``; else None.
-        sizes: of an official file, where the tensors do not tell: see ``load_official``.
-        whole: of an official pre-training with its decoder, read that, too.
+        sizes: of an official file, where neither tensors nor a certificate of it tell: see ``load_official``.
+        whole: of an official pre-training with its decoder, read that, too; and ``sizes``, a recipe's, may differ
+            from the certificate's, which stand.
 
     Raises:
-        UserError: nothing there, something else, or tensors and sizes that do not fit each other.
+        UserError: nothing there, something else, tensors and sizes that do not fit each other, or an official file
+            of no published size of which nothing tells the heads or the window.
     """
     if path.is_dir():
         if family is not None:
@@ -96,7 +105,15 @@ def read_source(path: Path, family: str | None, sizes: Mapping[str, Any], whole:
         found = from_timm(tensors, metadata, str(path))
     except UserError as error:
         raise UserError(f"{error}; of an official file, name the family") from None
-    return Source("timm", found.what, found.what, found.encoder, found.rest, found.left, None, path)
+    told = "kwargs" in metadata or isinstance(found.encoder, TableSwin) or _is_timms(found.encoder)
+    untold = () if told else ("num_heads",)
+    return Source("timm", found.what, found.what, found.encoder, found.rest, found.left, None, path, untold=untold)
+
+
+def _is_timms(vit: Any) -> bool:
+    """Whether a ViT has the size of one of timm's."""
+    config = vit.config
+    return (config.patch_size, config.embed_dim, config.depth, config.num_heads) in TIMM_VITS
 
 
 def exported_encoder(path: Path) -> Pretrained:
@@ -128,8 +145,14 @@ def _run(path: Path) -> Source:
     recipe, model, checkpoint = load_any(path)
     encoder, rest, left = _split(model) if isinstance(model, Classifier | Probe) else (*_parts(model), [])
     step = json.loads((checkpoint / STATE).read_text())["step"] if (checkpoint / STATE).is_file() else None
-    what = f"run {checkpoint.name} of"
-    return Source("run", what, recipe.name, encoder, rest, left, step, checkpoint / MANIFEST)
+    identity, heads = checkpoint / MANIFEST, decoder_heads(model)
+    return Source("run", f"run {checkpoint.name}", recipe.name, encoder, rest, left, step, identity, heads)
+
+
+def decoder_heads(model: torch.nn.Module) -> int | None:
+    """Attention heads of a method's decoder, or of its decoders, which have the same; None without any."""
+    found = (getattr(module, "num_heads", None) for name, module in model.named_modules() if name.startswith("decoder"))
+    return next((heads for heads in found if heads is not None), None)
 
 
 def _parts(method: Method) -> tuple[Any, dict[str, Tensor]]:
@@ -175,10 +198,10 @@ def _exported(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str
 
 
 def _huggingface(path: Path) -> Source:
-    found = from_huggingface(path)
-    return Source(
-        "huggingface", found.what, found.what, found.encoder, found.rest, found.left, None, weights_file(path)
-    )
+    found, identity = from_huggingface(path), weights_file(path)
+    attends = any(key.startswith("decoder.blocks.") for key in found.rest)
+    heads = int(read_json(path / CONFIG).get("decoder_num_attention_heads", 16)) if attends else None  # theirs: 16
+    return Source("huggingface", found.what, found.what, found.encoder, found.rest, found.left, None, identity, heads)
 
 
 def _official(path: Path, family: str, sizes: Mapping[str, Any], whole: bool) -> Source:
@@ -186,22 +209,28 @@ def _official(path: Path, family: str, sizes: Mapping[str, Any], whole: bool) ->
         raise UserError(f"{path}: family = {family!r} is not supported; supported are: {', '.join(FAMILIES)}")
     rest: dict[str, Tensor] = {}
     encoder: Any
+    heads: int | None = None
+    untold: tuple[str, ...] = ()
+    certificate = certificate_of(path)
+    sizes = certified_sizes(path, family, certificate, sizes, override=whole)
     try:
         tensors, args = read_checkpoint(path)
         if (classes := fine_tuned_classes(family, tensors)) is not None:
             known = {key: value for key, value in sizes.items() if not whole or _is_size(family, key)}
             encoder = load_official_classifier(family, tensors, classes, **known).encoder
             left = [key for key in tensors if key.startswith(CLASSIFIERS[family].head)]
+            untold = ("window_size", "sr_ratios") if whole else ()  # a recipe's, which may be of a compact grid
         elif whole and _has_decoder(family, tensors):
-            encoder, rest = _parts(load_official(family, tensors, **sizes))
-            left = []
+            method = load_official(family, tensors, **sizes)
+            (encoder, rest), heads, left = _parts(method), decoder_heads(method), []
         else:
             encoder, used = _encoder_of(family, tensors, args, sizes)
             left = [key for key in tensors if key not in used]
     except ValueError as error:  # OfficialError
         raise UserError(f"{path}: {error}") from None
-    _order_merges(encoder, path)
-    return Source("official", f"official {family}", family, encoder, rest, left, None, path)
+    refuse_guesses(path, encoder, sizes)
+    _order_merges(encoder, certificate)
+    return Source("official", f"official {family}", family, encoder, rest, left, None, path, heads, untold)
 
 
 def _is_size(family: str, name: str) -> bool:
@@ -209,10 +238,10 @@ def _is_size(family: str, name: str) -> bool:
     return SPELLINGS.get(name, name) in CLASSIFIERS[family].sizes
 
 
-def _order_merges(encoder: Any, path: Path) -> None:
-    """Take the order of 2x2 tokens from a certificate beside an official file: of an export of ours, it may be the
+def _order_merges(encoder: Any, certificate: Mapping[str, Any]) -> None:
+    """Take the order of 2x2 tokens from an official file's certificate: of an export of ours, it may be the
     official fine-tuning's, which the tensors do not tell."""
-    certified = read_json(certificate_path(path)).get("recipe", {}).get("method", {})
+    certified = certificate.get("recipe", {}).get("method", {})
     if "row_major_merge" in certified:
         for module in encoder.modules():
             if isinstance(module, PatchMerging):
@@ -233,6 +262,9 @@ def _encoder_of(
     kind = FAMILIES[family]
     collected = collect_sizes(family, kind.sizes, sizes, args, kind.norm_pix)
     collected.setdefault("decoder_num_heads", 1)  # which fits every decoder
+    if "taps" in kind.sizes:  # no part of the encoder: any that its depth allows
+        depth = max(depth_of(tensors, prefix) for prefix in ("blocks", "backbone.layers"))
+        collected["taps"] = tuple(range(one(collected, "depth", depth)))[-4:]
     with torch.device("meta"):  # shapes only
         model: Any = kind.build(tensors, collected)
     names = {official: ours for official, ours in kind.names(model).items() if ours.startswith("encoder.")}
