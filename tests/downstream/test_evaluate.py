@@ -1,6 +1,7 @@
 """Counting right answers, and the votes of neighbours."""
 
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 
 from ummim.downstream import knn
 from ummim.downstream.evaluate import Accuracy, lacks_evaluation, rank_of_label, summed, write_evaluation
+from ummim.downstream.evaluated import _print
 from ummim.downstream.knn import Features, by_row, greatest, nearest, vote
 from ummim.downstream.recipe import ClassifyConfig
+from ummim.downstream.robustness import Counts, _rates
 from ummim.engine import zero
 
 
@@ -43,21 +46,36 @@ def test_evaluation_json_holds_the_weights_numbers_and_the_averages(tmp_path: Pa
     assert (values["step"], values["top1"], values["ema"]["top1"]) == (3, 50.0, 62.5)
 
 
+def test_what_is_no_number_is_null_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    for loss in (float("nan"), float("inf")):
+        diverged = Accuracy(8, 0.0, 0.0, loss, 0)
+        write_evaluation(tmp_path, {"step": 3}, {"weights": diverged, "average": diverged})
+        values = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=refuse)
+        assert values["loss"] is values["ema"]["loss"] is None
+        assert _rates(Counts(8, 0, 0, loss))["loss"] is None
+        _print({"step": 3}, diverged, True)
+        assert json.loads(capsys.readouterr().out, parse_constant=refuse)["loss"] is None
+
+
 def features(count: int, seed: int) -> Features:
     generator = torch.Generator().manual_seed(seed)
     values = torch.nn.functional.normalize(torch.randn(count, 5, generator=generator), dim=1)
     return Features(torch.arange(count), torch.randint(0, 6, (count,), generator=generator), values, 0)
 
 
-def test_votes_are_those_of_a_plain_loop(world: zero.World) -> None:
+@pytest.mark.parametrize("temperature", [0.3, 0.07, 0.001])
+def test_votes_are_those_of_a_plain_loop(world: zero.World, temperature: float) -> None:
     train, val = features(40, 0), features(30, 1)
-    config = ClassifyConfig(classes=6, neighbours=7, temperature=0.3)
+    config = ClassifyConfig(classes=6, neighbours=7, temperature=temperature)
     right = within = 0
     for query, label in zip(val.values, val.labels.tolist(), strict=True):
         by_similarity = sorted(((float(query @ other), -row) for row, other in enumerate(train.values)), reverse=True)
-        votes = [0.0] * 6
+        votes = [Decimal(0)] * 6
         for similarity, row in by_similarity[:7]:
-            votes[int(train.labels[-row])] += torch.tensor(similarity / 0.3).double().exp().item()
+            votes[int(train.labels[-row])] += Decimal(similarity / temperature).exp()  # never overflows
         order = sorted(range(6), key=lambda c: (-votes[c], c))
         right, within = right + (order[0] == label), within + (label in order[:5])
     found = vote(train, val, config, world)

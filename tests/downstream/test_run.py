@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from data_prep.__main__ import main as data_prep
 from tests import forked
 from tests.conftest import ROOT, TINY_MAE
 from tests.downstream.labelled import build_shards, write_recipe
@@ -183,6 +184,16 @@ def test_every_image_counts_once_on_any_number_of_ranks(results: dict[str, Any],
     assert {key: found[0][key] for key in ("top1", "top5", "loss")} == {
         key: evaluation[key] for key in ("top1", "top5", "loss")
     }
+
+
+def test_a_set_of_other_classes_is_not_evaluated(results: dict[str, Any], recipe: Path, tmp_path: Path) -> None:
+    shutil.copytree(recipe.parent / "val-pictures" / "red", tmp_path / "pictures" / "red")
+    assert data_prep(["build", str(tmp_path / "pictures"), str(tmp_path / "red"), "--workers", "1"]) == 0
+    words = ["-m", "ummim", "evaluate", recipe.parent / "whole", "--shards", tmp_path / "red"]
+    ends = forked.run_ranks(2, words, ROOT)
+    assert [end.returncode for end in ends] == [2, 2]
+    told = "".join(end.stderr for end in ends)
+    assert told.count("has other classes than") == 1 and "Traceback" not in told
 
 
 def test_robustness_counts_every_image_once_on_any_number_of_ranks(

@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ummim.data.labelled import open_labelled
+from ummim.data.labelled import check_labels, open_labelled
+from ummim.data.shards import ShardIndex
 from ummim.data.urls import is_url, local_path
+from ummim.downstream.class_names import check_same_classes
 from ummim.downstream.classify import Classifier
 from ummim.downstream.recipe import ClassifyRecipe
 from ummim.downstream.run import saved_checkpoint, starting_encoder
@@ -21,7 +23,7 @@ def evaluation_rows(recipe: ClassifyRecipe) -> tuple[Rows, nn.Module | None]:
     nothing is trained.
 
     Raises:
-        UserError: weights or validation shards that are at hand but do not fit.
+        UserError: weights or shards that are at hand but do not fit.
     """
     config, data, saved = recipe.classify, recipe.data, saved_checkpoint(recipe)
     here = saved is not None or (bool(config.weights) and Path(config.weights).exists())
@@ -58,8 +60,22 @@ def evaluation_rows(recipe: ClassifyRecipe) -> tuple[Rows, nn.Module | None]:
 
 
 def _validation(recipe: ClassifyRecipe) -> str:
-    shards = recipe.classify.val_shards
-    if is_url(shards) or not Path(local_path(shards)).is_dir():
+    """What is said of the validation shards; the labels of both sets are checked, as far as these are at hand.
+
+    Raises:
+        DataError: as the run itself would, see ``open_sets``.
+    """
+    shards, classes, data = recipe.classify.val_shards, recipe.classify.classes, replace(recipe.data, retry_seconds=0)
+    train = ShardIndex.open(data.shards, data.shard_cache()) if _at_hand(data.shards) else None
+    if train is not None:
+        check_labels(train, classes, "data.shards")
+    if not _at_hand(shards):
         return f"{shards}: not at hand"
-    index = open_labelled(replace(recipe.data, retry_seconds=0), shards, recipe.classify.classes, "classify.val_shards")
+    index = open_labelled(data, shards, classes, "classify.val_shards")
+    if train is not None:
+        check_same_classes(train, index, "classify.val_shards")
     return f"{index.place}: {len(index):,} images, digest {index.digest[:12]}"
+
+
+def _at_hand(shards: str) -> bool:
+    return not is_url(shards) and Path(local_path(shards)).is_dir()

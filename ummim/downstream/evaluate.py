@@ -5,6 +5,7 @@ the counts are equal and the loss is too, to the last bit, on one kind of device
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -30,6 +31,11 @@ from ummim.errors import DataError
 FILE = "evaluation.json"
 
 
+def finite(value: float | None) -> float | None:
+    """``value``; None, JSON's null, where it is not finite: JSON knows no NaN."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """What a model makes of a set.
@@ -47,6 +53,10 @@ class Accuracy:
     top5: float
     loss: float | None
     unreadable: int
+
+    def plain(self) -> dict[str, Any]:
+        """Its numbers for JSON."""
+        return {**asdict(self), "loss": finite(self.loss)}
 
     def __str__(self) -> str:
         missing = f", {self.unreadable} unreadable" if self.unreadable else ""
@@ -168,9 +178,9 @@ def summed(table: Tensor, unreadable: int) -> Accuracy:
 
 def write_evaluation(folder: Path, told: dict[str, Any], found: dict[str, Accuracy]) -> None:
     """Write ``evaluation.json``: ``told``, and each accuracy's numbers, those of ``weights`` at the top level."""
-    values = {**told, **asdict(found["weights"])}
+    values = {**told, **found["weights"].plain()}
     if "average" in found:
-        values["ema"] = asdict(found["average"])
+        values["ema"] = found["average"].plain()
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / FILE, json.dumps(values, indent=2) + "\n")
 

@@ -2,11 +2,13 @@
 
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ummim.data.labelled import open_labelled
+from ummim.data.shards import ShardIndex
+from ummim.downstream.class_names import compare_with_run
 from ummim.downstream.evaluate import FILE, Accuracy, Parts, evaluate, evaluating, write_evaluation
 from ummim.downstream.recipe import ClassifyRecipe
 from ummim.downstream.task import Classification
@@ -51,7 +53,7 @@ def evaluate_run(
         recipe = replace(recipe, data=replace(recipe.data, workers=workers))
     place = shards or recipe.classify.val_shards
     what = "classify.val_shards" if shards is None else "--shards"
-    index = on_main(lambda: open_labelled(recipe.data, place, recipe.classify.classes, what), world)
+    index = on_main(lambda: _open(recipe, place, what), world)
     task.to(world.device)
     with Interrupts() as interrupts, evaluating(task):
         parts = Parts(index, recipe.data, batch or recipe.micro_batch, world, lambda: interrupts.code)
@@ -70,6 +72,14 @@ def evaluate_run(
     return 0
 
 
+def _open(recipe: ClassifyRecipe, place: str, what: str) -> ShardIndex:
+    """The set to evaluate on, its classes being the run's as far as can be told. Raises DataError."""
+    index = open_labelled(recipe.data, place, recipe.classify.classes, what)
+    if untold := compare_with_run(recipe, index, what):
+        print(untold, file=sys.stderr, flush=True)
+    return index
+
+
 def _step(evaluation: Path) -> int:
     try:
         return int(json.loads(evaluation.read_text())["step"])
@@ -79,7 +89,7 @@ def _step(evaluation: Path) -> int:
 
 def _print(told: dict[str, Any], found: Accuracy, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({**told, **asdict(found)}, indent=2))
+        print(json.dumps({**told, **found.plain()}, indent=2))
     else:
         print(f"{told['checkpoint']} on {told['val_shards']}: {found}")
     sys.stdout.flush()

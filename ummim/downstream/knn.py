@@ -119,7 +119,8 @@ def vote(
             return None
         queries, labels = val.values[begin : begin + QUERIES], val.labels[begin : begin + QUERIES]
         near, their = nearest(queries, train, config.neighbours, world)  # (Q, k)
-        weights = (near.double() / config.temperature).exp()
+        near = near.double()
+        weights = ((near - near[:, :1]) / config.temperature).exp()  # of the nearest: 1, however small the temperature
         votes = weights.new_zeros(len(queries), config.classes).scatter_add_(1, their, weights)
         rank = rank_of_label(votes, labels)
         top1, top5 = top1 + int((rank < 1).sum()), top5 + int((rank < 5).sum())

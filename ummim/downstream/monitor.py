@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ummim.data.config import DataConfig, LabelledDataConfig
 from ummim.data.labelled import open_labelled
+from ummim.downstream.class_names import check_same_classes
 from ummim.downstream.classify import Classifier, build_classifier
 from ummim.downstream.evaluate import Parts, lacks_evaluation
 from ummim.downstream.knn import classify
@@ -40,7 +41,7 @@ class Monitor:
         beat: the watchdog's.
 
     Raises:
-        DataError: side sets that are missing, unsound or without labels; their key is named.
+        DataError: side sets that are missing, unsound, without labels or of different classes; their key is named.
     """
 
     def __init__(self, recipe: Recipe, plan: RunPlan, world: World, beat: Any) -> None:
@@ -50,6 +51,7 @@ class Monitor:
             open_labelled(self.data, getattr(recipe.monitor, key), None, f"monitor.{key}")
             for key in ("shards", "val_shards")
         )
+        check_same_classes(self.known, self.asked, "monitor.val_shards")
         labels = max(int(index.table["label"].max()) for index in (self.known, self.asked))
         config = recipe.monitor
         self.config = ClassifyConfig(

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from ummim.atomic import write_text
 from ummim.data.normalise import normalise
-from ummim.downstream.evaluate import rank_of_label
+from ummim.downstream.evaluate import finite, rank_of_label
 from ummim.downstream.imagenet_variants import (
     ALEXNET_ERROR,
     PUBLISHED_IMAGES,
@@ -235,7 +235,7 @@ def _rates(counts: Counts) -> dict[str, Any]:
         "images": counts.images,
         "top1": 100 * counts.top1 / counts.images,
         "top5": 100 * counts.top5 / counts.images,
-        "loss": counts.loss / counts.images,
+        "loss": finite(counts.loss / counts.images),
     }
 
 

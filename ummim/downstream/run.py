@@ -14,6 +14,7 @@ from ummim.atomic import write_text
 from ummim.data import ShardIndex
 from ummim.data.labelled import LabelledBatch, build_labelled_loader, check_labels, open_labelled
 from ummim.downstream.adapt import Encoder
+from ummim.downstream.class_names import check_same_classes
 from ummim.downstream.encoders import describe, load_encoder
 from ummim.downstream.evaluate import Accuracy, Parts, evaluate, evaluating, lacks_evaluation, write_evaluation
 from ummim.downstream.knn import nearest_neighbours
@@ -26,7 +27,7 @@ from ummim.engine.trainer import Pause, train
 from ummim.engine.watchdog import EVALUATE
 from ummim.engine.zero import World, deepspeed_config
 from ummim.environment import write_environment
-from ummim.errors import DataError, UserError
+from ummim.errors import UserError
 from ummim.interop.run import RECIPE_FILE, recipe_of
 from ummim.recipe_file import dump_recipe, load_recipe
 from ummim.run_plan import RunPlan
@@ -54,13 +55,7 @@ def open_sets(recipe: ClassifyRecipe) -> Sets:
     train.check()
     check_labels(train, recipe.classify.classes, "data.shards")
     val = open_labelled(recipe.data, recipe.classify.val_shards, recipe.classify.classes, "classify.val_shards")
-    if train.classes is not None and val.classes is not None and train.classes != val.classes:
-        differ = sorted(set(train.classes) ^ set(val.classes))
-        which = f"in one alone: {', '.join(differ[:5])}" if differ else "another order"
-        raise DataError(
-            f"classify.val_shards: {val.place} has other classes than {train.place} ({which}), so its labels "
-            "would mean others: build both from the same class folders"
-        )
+    check_same_classes(train, val, "classify.val_shards")
     return Sets(train, val)
 
 

@@ -14,6 +14,7 @@ from ummim.recipe_file import load_recipe
 from ummim.run_config import RunConfig
 
 PREFIX = "model."  # the engine saves the task, which holds the model
+NOT_TRAINED = "nearest neighbours train nothing and leave no checkpoint"
 
 
 def load_any(path: Path) -> tuple[Recipe | ClassifyRecipe, Method | Classifier | Probe, Path]:
@@ -31,7 +32,8 @@ def load_any(path: Path) -> tuple[Recipe | ClassifyRecipe, Method | Classifier |
     try:
         checkpoint = find_checkpoint(path)
     except CheckpointError:
-        _refuse_neighbours(path)
+        if weights := _of_neighbours(path):
+            raise CheckpointError(f"{path}: {NOT_TRAINED}: give the weights that were evaluated, {weights}") from None
         raise
     recipe = load_recipe(recipe_of(checkpoint), (), RunConfig)
     if isinstance(recipe, ClassifyRecipe):
@@ -40,15 +42,13 @@ def load_any(path: Path) -> tuple[Recipe | ClassifyRecipe, Method | Classifier |
     return recipe, method_of(recipe, checkpoint), checkpoint
 
 
-def _refuse_neighbours(path: Path) -> None:
-    """Raise CheckpointError, naming the weights that were evaluated, for the folder of a k-NN evaluation."""
+def _of_neighbours(path: Path) -> str:
+    """The weights that were evaluated, if ``path`` is the folder of a k-NN evaluation; else nothing."""
     if (path / RECIPE_FILE).is_file():
         recipe = load_recipe(str(path / RECIPE_FILE), (), RunConfig)
         if isinstance(recipe, ClassifyRecipe) and recipe.classify.protocol == "knn":
-            raise CheckpointError(
-                f"{path}: nearest neighbours train nothing and leave no checkpoint: give the weights that were "
-                f"evaluated, {recipe.classify.weights or 'which were random'}"
-            )
+            return recipe.classify.weights or "which were random"
+    return ""
 
 
 def load_trained(path: Path) -> tuple[ClassifyRecipe, Classifier | Probe, Path]:
@@ -58,7 +58,13 @@ def load_trained(path: Path) -> tuple[ClassifyRecipe, Classifier | Probe, Path]:
         CheckpointError: nothing there, or weights that do not fit the recipe.
         RecipeError: the run is a pre-training.
     """
-    checkpoint = find_checkpoint(path)
+    try:
+        checkpoint = find_checkpoint(path)
+    except CheckpointError:
+        if _of_neighbours(path):
+            again = f"for another set: train.py {path / RECIPE_FILE} classify.val_shards=FOLDER output=FOLDER"
+            raise CheckpointError(f"{path}: {NOT_TRAINED}: their accuracy is in evaluation.json; {again}") from None
+        raise
     recipe = load_recipe(recipe_of(checkpoint), (), ClassifyRecipe)
     return recipe, model_of(recipe, checkpoint), checkpoint
 
