@@ -1,4 +1,4 @@
-"""Summary, table and figure of the runs of accuracy_study.py, beside the paper's numbers."""
+"""Summary, tables and figure of the runs of accuracy_study.py, beside the paper's numbers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,30 +76,43 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
     return summary
 
 
-def margin(width: float | None, factor: float, digits: int) -> str:
-    return "" if width is None else f" +- {factor * width:.{digits}f}"
+def cell(value: dict[str, Any] | None, key: str, width: str, sign: str = "") -> str:
+    """``value``'s mean ± its ``width``, in the measure's unit; a difference's in bold if its interval leaves out 0."""
+    if value is None:
+        return ""
+    _, factor, unit = MEASURES[key]
+    digits = {"%": 2, "": 4, "s": 0}[unit]
+    text = f"{factor * value['mean']:{sign}.{digits}f}"
+    if value[width] is not None:
+        text += f" ± {factor * value[width]:.{digits}f}"
+        if width == "interval" and abs(value["mean"]) > value[width]:
+            text = f"**{text}**"
+    return text.replace("-", "−")
 
 
-def print_table(summary: dict[str, Any]) -> None:
-    """Each measure's rows beside the published accuracy, then the effects."""
-    for key, (title, factor, unit) in MEASURES.items():
-        parts, digits = summary[key], {"%": 2, "": 4, "s": 1}[unit]
-        print(f"{title} {unit}".rstrip())
-        for row, values in parts["rows"].items():
-            line = f"  {row:<20} {factor * values['mean']:.{digits}f}{margin(values['deviation'], factor, digits)}"
-            if row in parts["differences"]:
-                difference = parts["differences"][row]
-                line += f"; to {REFERENCE_OF[row]}: {factor * difference['mean']:+.{digits}f}"
-                line += margin(difference["interval"], factor, digits)
-            if key == "fine_tuned" and row in PUBLISHED:
-                line += f"; published: {PUBLISHED[row]}"
-            print(line)
-        if unit != "s":
-            for name, effect in parts["effects"].items():
-                mean = f"{factor * effect['mean']:+.{digits}f}"
-                print(f"  effect of {name:<26} {mean}{margin(effect['interval'], factor, digits)}")
-    print("+-: standard deviation over the seeds; for a difference or an effect, half the 95% interval of its mean")
-    print(f"published: {SOURCE}")
+def table(summary: dict[str, Any], part: str, width: str, sign: str = "") -> list[str]:
+    """The lines of a Markdown table: ``part`` of all measures, a column each; columns and rows without a value go."""
+    keys = [key for key in MEASURES if summary[key][part]]
+    names = list(dict.fromkeys(name for key in keys for name in summary[key][part]))
+    titles = [f"{MEASURES[key][0]}, {MEASURES[key][2]}".rstrip(", ") for key in keys]
+    lines = [f"| | {' | '.join(titles)} |", "| --- |" + " ---: |" * len(keys)]
+    for name in names:
+        cells = [cell(summary[key][part].get(name), key, width, sign) for key in keys]
+        label = f"{name}, to {REFERENCE_OF[name]}" if part == "differences" else name
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def print_tables(summary: dict[str, Any]) -> None:
+    """The rows, their differences to their references, and what each component adds, in Markdown."""
+    print("\nMean ± standard deviation over the seeds:\n")
+    print("\n".join(table(summary, "rows", "deviation")))
+    print("\nDifferences, seed by seed: mean ± half of its 95% interval, bold where that leaves out 0:\n")
+    print("\n".join(table(summary, "differences", "interval", "+")))
+    if any(summary[key]["effects"] for key in MEASURES):
+        print("\nWhat a component adds, likewise:\n")
+        print("\n".join(table(summary, "effects", "interval", "+")))
+    print(f"\n{SOURCE}:\n{', '.join(f'{row} {top1}' for row, top1 in PUBLISHED.items())}")
 
 
 def draw(axes: Any, of: dict[str, list[float]], title: str, label: str) -> None:

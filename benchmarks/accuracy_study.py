@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from accuracy_models import GRID, PATCH, Model, build, classifier
-from accuracy_report import plot, print_table, summarise
+from accuracy_report import plot, print_tables, summarise
 from accuracy_rows import GROUPS, Row
 from fashion_mnist import Data
 from safetensors.torch import save_file
@@ -206,7 +206,7 @@ def main() -> None:
         results |= {"summary": summarise(runs), "runs": runs}
         if args.output:
             write_text(args.output, json.dumps(results, indent=1) + "\n")
-    print_table(results["summary"])
+    print_tables(results["summary"])
     if args.plot:
         plot(runs, args.plot)
 

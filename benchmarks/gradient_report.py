@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from small_study import STUDENT
+from small_study import student
 from torch import Tensor
 
 
@@ -44,7 +44,7 @@ TABLE = {
 def estimate(values: Sequence[float]) -> dict[str, float | None]:
     """Mean, and half the width of its 95% interval (Student's t, or the normal one from 7 values on)."""
     n = len(values)
-    quantile = STUDENT.get(n, 1.96)
+    quantile = student(n) if n < 7 else 1.96
     width = quantile * statistics.stdev(values) / n**0.5 if n > 1 else None
     return {"mean": statistics.fmean(values), "interval": width}
 
@@ -57,7 +57,7 @@ def jackknifed(function: Callable[[list[int]], float], folds: int) -> dict[str, 
     if folds > 2:
         without = [function(everything[:i] + everything[i + 1 :]) for i in everything]
         if not any(map(math.isnan, without)):
-            width = STUDENT.get(folds, 1.96) * (statistics.pvariance(without) * (folds - 1)) ** 0.5
+            width = student(folds) * (statistics.pvariance(without) * (folds - 1)) ** 0.5
     return {"mean": None if math.isnan(value) else value, "interval": width}
 
 

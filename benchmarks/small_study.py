@@ -15,6 +15,7 @@ import timm
 import torch
 from fashion_mnist import Data
 from probe import accuracy, linear_probe, nearest_neighbours
+from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,7 +24,6 @@ from ummim.atomic import write_text
 from ummim.engine.optim import parameter_groups
 
 CLASSES = 10
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # runs: 97.5% quantile of Student's t
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,13 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
+def student(n: int) -> float:
+    """The 97.5% quantile of Student's t for the mean of ``n`` > 1 values."""
+    return float(stats.t.ppf(0.975, n - 1))
+
+
 def mean_difference(differences: Sequence[float]) -> dict[str, Any]:
     """The spread of paired differences, and the half-width of the 95% interval of their mean (Student's t)."""
     row, n = spread(differences), len(differences)
-    row["interval"] = STUDENT[n] * row["deviation"] / n**0.5 if n in STUDENT else None
+    row["interval"] = student(n) * row["deviation"] / n**0.5 if n > 1 else None
     return row

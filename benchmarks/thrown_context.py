@@ -3,41 +3,46 @@
     python benchmarks/thrown_context.py [--plans 2000] [--output FILE.json]
 
 Progressive reconstruction fills a thrown token in from the tokens of a k x k window around it that were decoded, the
-visible and the kept ones ("context"). For plans of MAE (14x14 tokens, 75% masked, each token by itself) and of SimMIM
-(60% masked in squares of 2x2 tokens), random and furthest throwing: the share of thrown tokens without any context, the
-least and the mean number of context tokens, and, for evenness, the distance from a thrown token to the nearest context
-token and to the nearest kept one (Euclidean, in tokens: mean, standard deviation, 99th percentile and maximum).
-Prints Markdown.
+visible and the kept ones ("context"). For plans of MAE (14x14 tokens, 75% masked, each token by itself), of SimMIM
+(60% masked in squares of 2x2 tokens) and of LocalMIM's Swin (28x28 tokens in its finest decoder, 75% masked and thrown
+in squares of 4x4), random and furthest throwing: the share of thrown tokens without any context, the least and the
+mean number of context tokens, and, for evenness, the distance from a thrown token to the nearest context token and to
+the nearest kept one (Euclidean, in tokens: mean, standard deviation, 99th percentile and maximum). Prints Markdown.
 """
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from scipy import ndimage
 from small_study import provenance
 
 from ummim.atomic import write_text
 from ummim.masking import MaskConfig, PlanSampler, sample_seed
 
-GRID = (14, 14)
 RATIOS = (0.25, 0.5, 0.65)
 KERNELS = (3, 5, 7)
-MASKS = {"MAE": MaskConfig(ratio=0.75), "SimMIM": MaskConfig(ratio=0.6, unit=2)}
+MASKS = {  # the side of the token grid, and the mask
+    "MAE": (14, MaskConfig(ratio=0.75)),
+    "SimMIM": (14, MaskConfig(ratio=0.6, unit=2)),
+    "LocalMIM, Swin": (28, MaskConfig(ratio=0.75, unit=4, throw_unit=4)),  # drawn on 7x7, seen by the finest decoder
+}
 THROWING: tuple[Literal["random", "furthest"], ...] = ("random", "furthest")
 
 
-def offsets(ids: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """|row| and |column| differences, (len(ids), len(others)) each."""
-    own, other = np.divmod(ids, GRID[1]), np.divmod(others, GRID[1])
-    return np.abs(own[0][:, None] - other[0]), np.abs(own[1][:, None] - other[1])
+def marked(ids: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """(h, w) bool: True at ``ids``."""
+    tokens = np.zeros(grid[0] * grid[1], bool)
+    tokens[ids] = True
+    return tokens.reshape(grid)
 
 
-def nearest(ids: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(len(ids),) Euclidean distance of each token to the nearest of the others."""
-    dr, dc = offsets(ids, others)
-    return np.sqrt((dr**2 + dc**2).min(axis=1))
+def within(tokens: np.ndarray, kernel: int) -> np.ndarray:
+    """(h, w) int: how many of the marked ``tokens`` lie in the k x k window around each."""
+    return ndimage.correlate(tokens.astype(int), np.ones((kernel, kernel), int), mode="constant")
 
 
 def distances(values: list[np.ndarray]) -> dict[str, float]:
@@ -56,12 +61,12 @@ def count(sampler: PlanSampler, plans: int, seed: int = 0) -> dict[str, Any]:
     to_context, to_kept = [], []
     for i in range(plans):
         plan = sampler(sample_seed(seed, 0, str(i)))
-        context = np.concatenate([plan.visible, plan.kept])
-        reach = np.maximum(*offsets(plan.thrown, context))  # (T, V + K)
+        kept, thrown = marked(plan.kept, sampler.grid), marked(plan.thrown, sampler.grid)
+        context = marked(plan.visible, sampler.grid) | kept
         for kernel in KERNELS:
-            found[kernel].append((reach <= kernel // 2).sum(axis=1))
-        to_context.append(nearest(plan.thrown, context))
-        to_kept.append(nearest(plan.thrown, plan.kept))
+            found[kernel].append(within(context, kernel)[thrown])
+        to_context.append(ndimage.distance_transform_edt(~context)[thrown])  # to the nearest
+        to_kept.append(ndimage.distance_transform_edt(~kept)[thrown])
     windows = {}
     for kernel, numbers in found.items():
         together = np.concatenate(numbers)
@@ -77,13 +82,12 @@ def count(sampler: PlanSampler, plans: int, seed: int = 0) -> dict[str, Any]:
 def measure(plans: int) -> list[dict[str, Any]]:
     """A row for each mask, ratio and throwing."""
     rows = []
-    for method, mask in MASKS.items():
+    for method, (side, mask) in MASKS.items():
         for ratio in RATIOS:
             if ratio >= mask.ratio:
                 continue
             for throwing in THROWING:
-                config = MaskConfig(ratio=mask.ratio, unit=mask.unit, throwing=throwing)
-                values = count(PlanSampler(GRID, config, ratio), plans)
+                values = count(PlanSampler((side, side), replace(mask, throwing=throwing), ratio), plans)
                 rows.append({"method": method, "throw_ratio": ratio, "throwing": throwing, **values})
     return rows
 

@@ -138,7 +138,7 @@ def test_it_runs_and_goes_on_where_it_was_cut_off(study, arguments, tmp_path, mo
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert "published: 81.8" in done.stdout and "Table 2" in done.stdout
+    assert "| r50-both, to full | " in done.stdout and "r50-both 81.8" in done.stdout and "Table 2" in done.stdout
 
     results = json.loads((tmp_path / "results.json").read_text())
     full, scratch, both = results["runs"][:3]
@@ -165,12 +165,17 @@ def test_differences_and_effects_are_taken_seed_by_seed(module):
             both = name.endswith("both")
             gain = 2 * (both or name.endswith("progressive")) + (both or name.endswith("furthest"))
             runs.append({"row": name, "seed": seed, "fine_tuned": noise + gain + 0.1 * seed * both})
-    parts = module("accuracy_report").summarise(runs)["fine_tuned"]
+    summary = module("accuracy_report").summarise(runs)
+    parts = summary["fine_tuned"]
     assert parts["differences"]["r25-plain"]["values"] == pytest.approx([0, 0, 0])
     assert parts["differences"]["r65-both"]["values"] == pytest.approx([3, 3.1, 3.2])
-    assert parts["differences"]["r65-both"]["interval"] == pytest.approx(4.303 * 0.1 / 3**0.5)
+    assert parts["differences"]["r65-both"]["interval"] == pytest.approx(4.302653 * 0.1 / 3**0.5)
     assert parts["effects"]["progressive, all r"]["values"] == pytest.approx([2, 2.05, 2.1])
     assert parts["effects"]["both together, r=50%"]["mean"] == pytest.approx(3.1)
+
+    lines = module("accuracy_report").table(summary, "differences", "interval", "+")
+    assert lines[0] == "| | fine-tuned, % |" and "| r25-plain, to full | +0.00 ± 0.00 |" in lines
+    assert "| r65-both, to full | **+310.00 ± 24.84** |" in lines
 
     runs = [run for run in runs if (run["row"], run["seed"]) != ("r50-both", 0)]  # seed 0 is left out where it counts
     parts = module("accuracy_report").summarise(runs)["fine_tuned"]
