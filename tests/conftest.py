@@ -68,6 +68,7 @@ LONGEST = (  # files, by their time
     "test_watchdog.py",
     "test_attention_maps.py",
     "test_elastic.py",
+    "test_cost.py",
 )
 
 

@@ -1,6 +1,7 @@
 """The catalogue: every published row has its recipe, with the published settings; costs, links and the page agree."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,19 @@ def test_a_recipe_has_the_published_settings(name: str) -> None:
     assert optim.weight_decay == 0.05
     assert f"_{recipe.epochs}e" in name
     assert recipe.throw_ratio == (0 if stem == name else int(name.partition("_r")[2] or 50) / 100)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_a_recipes_comment_names_its_table_and_the_source_of_its_hyper_parameters(name: str) -> None:
+    """A baseline names the papers; what throws tokens names its table and the baseline that it is run as."""
+    text = (ROOT / "ummim" / "recipes" / f"{name}.yaml").read_text()
+    comment = " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+    assert "Source:" in comment
+    if name.startswith(("plain_", "pr_", "furthest_", "progressive_")):
+        assert re.search(r"PR-MIM\b.*table \d", comment)
+        assert "yper-parameters" in comment
+        stated = re.search(r"those of (\w+), ", comment)
+        assert stated is None or stated[1] in PUBLISHED
 
 
 def test_every_link_leads_to_an_evaluation_of_such_an_encoder() -> None:

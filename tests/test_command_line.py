@@ -1,9 +1,13 @@
 """``ummim``: recipes, show, export, reconstruct, from a run's folder."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
+from signal import SIGPIPE
 from typing import Any
 
 import numpy as np
@@ -115,6 +119,26 @@ def test_reconstruct_compares_checkpoints_side_by_side(write_recipe, tmp_path: P
     assert main([*arguments, "--compare", str(runs[1]), str(runs[0])]) == 0
     with Image.open(tmp_path / "out.png") as sheet:
         assert sheet.width == 6 + 7 * (160 + 6)  # the original, and plan and prediction of three
+
+
+def test_a_figure_that_would_replace_a_folder_is_refused_and_leaves_nothing(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "figures").mkdir()
+    before = sorted(tmp_path.iterdir())
+    arguments = ["reconstruct", str(run), str(picture(run / "image.png"))]
+    assert main([*arguments, "--out", str(tmp_path / "figures")]) == 2
+    assert f"{tmp_path}/figures: is a folder" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_reader_that_leaves_early_is_no_error_of_ours():
+    words = [sys.executable, "-m", "ummim", "show", "quickstart"]
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (128 + SIGPIPE, b"")
 
 
 def test_reconstruct_refuses_to_compare_other_sizes(write_recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -7,7 +7,15 @@ import torch
 from ummim.masking import MaskPlan
 from ummim.methods.api import MIMOutput
 from ummim.nn.targets import normalise_patches, patchify, pixel_targets
-from ummim.visualize import COLUMNS, predicted_pixels, reconstruction_figure, save_figure
+from ummim.visualize import (
+    COLUMNS,
+    THROWN,
+    Reconstruction,
+    comparison_figure,
+    predicted_pixels,
+    reconstruction_figure,
+    save_figure,
+)
 
 PATCH, GRID = 8, (4, 4)
 
@@ -65,6 +73,22 @@ def test_columns_show_plan_input_pasted_alone_and_original(tmp_path):
     assert token(pasted, 4) == (0, 0, 0)
     assert token(alone, 1) == (0, 0, 0)
     assert (original == 200).all()
+
+
+def test_a_comparison_draws_each_models_own_plan():
+    images = torch.full((1, 3, 32, 32), 200, dtype=torch.uint8)
+    full = MaskPlan.from_mask(plan().mask())
+    made = [
+        Reconstruction(p, torch.zeros(1, 3, 32, 32), torch.ones(1, 1, 32, 32, dtype=torch.bool)) for p in (full, plan())
+    ]
+    sheet = np.asarray(comparison_figure(images, [("full", made[0]), ("pr-mim", made[1])]))
+    side = (sheet.shape[1] - 6) // 5 - 6
+    thrown = [
+        (sheet[-side - 6 : -6, 6 + i * (side + 6) :][:, :side] == THROWN).all(-1).mean() for i in range(5)
+    ]  # share of each column: original, two for each model
+    assert thrown == [0, 0, 0, pytest.approx(2 / 16), 0]
+    pasted = sheet[-side - 6 : -6, -side - 6 : -6]
+    assert (pasted == 200).all(-1).mean() == pytest.approx(4 / 16)  # visible patches
 
 
 def test_normalised_patches_have_unbiased_unit_variance():

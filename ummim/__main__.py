@@ -2,9 +2,11 @@
 ``reconstruct``, ``replay``, ``report``, ``preflight``, ``status``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from signal import SIGPIPE
 from typing import Any
 
 from ummim.capacity.options import add_options as add_capacity_options
@@ -15,12 +17,18 @@ from ummim.report.options import add_options as add_report_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Exit codes: 0 done, 1 a check that failed, 2 the user's mistake, 130 Ctrl-C."""
+    """Run one command. Exit codes: 0 done, 1 a check that failed, 2 the user's mistake, 130 Ctrl-C,
+    141 its output's reader has gone."""
     options = _parser().parse_args(argv)
     try:
-        return run_main(lambda: options.run(options))
+        code = run_main(lambda: options.run(options))
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read the output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+        return 128 + SIGPIPE
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -98,11 +98,11 @@ class Recipe(RunConfig):
             raise RecipeError("is a share of the visible tokens: choose a value in [0, 1)", "mask.secondary_ratio")
         if not 0 <= self.throw_ratio < self.mask.ratio:
             raise RecipeError(
-                f"is a share of all tokens and must stay below mask.ratio = {self.mask.ratio}; choose a smaller one",
+                f"is a share of all tokens: choose a value from 0 to below mask.ratio = {self.mask.ratio}",
                 "throw_ratio",
             )
         if self.partial.kernel_size < 1 or self.partial.kernel_size % 2 == 0:
-            raise RecipeError("must be odd, such as 7", "partial.kernel_size")
+            raise RecipeError("must be odd and positive, such as 7", "partial.kernel_size")
         if self.mask.shared_by < 1 or self.global_batch % self.mask.shared_by:
             least = max(1, min(self.mask.shared_by, self.global_batch))
             near = next(n for n in range(least, 0, -1) if self.global_batch % n == 0)
@@ -133,6 +133,8 @@ class Recipe(RunConfig):
                 if key == "mask.ratio" and mask.kind == "uniform":
                     key, remedy = "mask.kind", "choose another data.image_size, or random where the method can"
                 raise RecipeError(f"{error}; {remedy}", key) from None
+        if self.throw_ratio > 0 and not self.sampler().thrown_count:
+            raise RecipeError(f"throws none of {grid[0] * grid[1]} tokens; choose a larger one, or 0", "throw_ratio")
 
     def sampler(self) -> PlanSampler:
         """The mask sampler of this run."""

@@ -1,6 +1,7 @@
 """Reconstruction figures: what the encoder saw and what the network made of it, one row per image."""
 
 from collections.abc import Sequence
+from errno import EISDIR
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ummim.atomic import atomic_write
 from ummim.masking import MaskPlan
 from ummim.methods.api import MIMOutput
 from ummim.nn.targets import normalise_patches, patchify, unpatchify
@@ -82,7 +84,7 @@ def reconstruction_figure(
         originals,
     )
     zoom = max(1, 160 // originals.shape[2])
-    return _sheet(COLUMNS, [_rows_of(cell, zoom) for cell in cells], plan, title)
+    return _sheet(COLUMNS, [_rows_of(cell, zoom) for cell in cells], [plan], title)
 
 
 def comparison_figure(images: Tensor, models: Sequence[tuple[str, Reconstruction]], title: str = "") -> Image.Image:
@@ -91,7 +93,7 @@ def comparison_figure(images: Tensor, models: Sequence[tuple[str, Reconstruction
     Args:
         images: (B, 3, H, W) uint8 originals.
         models: names, and what each model made of the images.
-        title: a line above the legend, which counts the first model's tokens.
+        title: a line above the legend, which counts the tokens that all plans have the same number of.
     """
     originals = images.cpu().float() / 255
     zoom = max(1, 160 // originals.shape[2])
@@ -102,17 +104,22 @@ def comparison_figure(images: Tensor, models: Sequence[tuple[str, Reconstruction
         colour, _ = _plan_colours(plan, patch)
         masked = _pixels(plan.mask(), plan.grid, patch)
         alone = torch.where(covered.cpu(), prediction.cpu().float().clamp(0, 1), _GREY)
-        names += [f"{name}: plan", f"{name}: pasted"]
+        names += [name, f"{plan.kept.shape[1]} kept, {plan.thrown.shape[1]} thrown"]
         columns += [_rows_of(cell, zoom) for cell in (colour, torch.where(masked, alone, originals))]
-    return _sheet(names, columns, models[0][1].plan.to("cpu"), title)
+    return _sheet(names, columns, [model.plan for _, model in models], title)
 
 
 def save_figure(picture: Image.Image, path: Path) -> None:
-    """Write a PNG atomically: a reader never sees half of it."""
+    """Write a PNG atomically: a reader never sees half of it.
+
+    Raises:
+        OSError: ``path`` is a folder or cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    picture.save(partial, format="PNG")
-    partial.replace(path)
+    if path.is_dir():
+        raise IsADirectoryError(EISDIR, "is a folder", str(path))
+    with atomic_write(path) as file:
+        picture.save(file, format="PNG")
 
 
 def _pixels(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
@@ -138,7 +145,15 @@ def _rows_of(cells: Tensor, zoom: int) -> list[Image.Image]:
     return [Image.fromarray(cell).resize((side, side), Image.Resampling.NEAREST) for cell in pixels]
 
 
-def _sheet(names: Sequence[str], columns: list[list[Image.Image]], plan: MaskPlan, title: str) -> Image.Image:
+def _counts(plan: MaskPlan) -> tuple[int, int, int, int]:
+    """How many tokens of a sample are visible, secondary, kept and thrown."""
+    secondary = int(plan.secondary[0].sum())
+    return plan.visible.shape[1] - secondary, secondary, plan.kept.shape[1], plan.thrown.shape[1]
+
+
+def _sheet(
+    names: Sequence[str], columns: list[list[Image.Image]], plans: Sequence[MaskPlan], title: str
+) -> Image.Image:
     side = columns[0][0].width
     sheet = Image.new(
         "RGB",
@@ -148,14 +163,12 @@ def _sheet(names: Sequence[str], columns: list[list[Image.Image]], plan: MaskPla
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     draw.text((_GAP, 4), title, fill="black", font=font)
     x = float(_GAP)
-    for name, colour, count in (
-        ("visible", VISIBLE, int((~plan.secondary[0]).sum())),
-        ("secondary", SECONDARY, int(plan.secondary[0].sum())),
-        ("kept", KEPT, plan.kept.shape[1]),
-        ("thrown", THROWN, plan.thrown.shape[1]),
-    ):
+    parts = (("visible", VISIBLE), ("secondary", SECONDARY), ("kept", KEPT), ("thrown", THROWN))
+    for (name, colour), counts in zip(parts, zip(*map(_counts, plans), strict=True), strict=True):
+        if not any(counts):
+            continue
         draw.rectangle((x, 24, x + 10, 34), fill=colour)
-        text = f"{name} {count}"
+        text = f"{name} {counts[0]}" if len(set(counts)) == 1 else name
         draw.text((x + 14, 22), text, fill="black", font=font)
         x += 30 + draw.textlength(text, font=font)
     for i, (name, column) in enumerate(zip(names, columns, strict=True)):

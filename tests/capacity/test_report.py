@@ -90,6 +90,19 @@ def test_a_model_that_does_not_fit_gets_advice(tiny: str, capsys: pytest.Capture
         (["--gpu", "H100", "--efficiency", "35"], "--efficiency 35: is a share"),
         (["--gpu", "H100", "--mtbf-hours", "0"], "--mtbf-hours 0: choose a positive number"),
         (["--gpu", "H100", "--gpu-memory", "-1"], "--gpu-memory -1"),
+        *(
+            (["--gpu", "H100", option, value], f"{option} {value}: choose a number of at most 1e+15")
+            for option in (
+                "--mtbf-hours",
+                "--loader-images",
+                "--network-gbits",
+                "--storage-gbytes",
+                "--price-per-gpu-hour",
+                "--gpu-tflops",
+            )
+            for value in ("inf", "nan", "1e+300")
+        ),
+        (["--gpu", "H100", "--gpus-per-node", "1", "--mtbf-hours", "0.001"], "nothing would be trained"),
         (["--gpu", "H100", "--gpus-per-node", "3"], "global_batch = 8: 3 ranks do not divide it"),
         (["precision=bf16", "--gpu", "V100", "--gpus-per-node", "1"], "a V100 cannot; use fp16"),
         (["--gpu", "H100", "--gpus-per-node", "1", "--measured-images-per-second", "1e12"], "of the GPU's peak"),
@@ -99,6 +112,12 @@ def test_users_mistake_is_one_line(tiny: str, arguments: list[str], part: str, c
     code, out, err = run(capsys, tiny, *arguments)
     assert code == 2 and not out
     assert part in err and len(err.strip().splitlines()) == 1
+
+
+def test_the_greatest_numbers_are_calculated_with(tiny: str, capsys: pytest.CaptureFixture[str]):
+    words = ["--gpus-per-node", "1", "--gpu", "H100", "--json", "--mtbf-hours", "1e15", "--network-gbits", "1e15"]
+    code, out, _ = run(capsys, tiny, *words)
+    assert code == 0 and "Infinity" not in out and "NaN" not in out
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not():

@@ -1,4 +1,4 @@
-"""PR-MIM on every method: what throwing changes, and what it must not."""
+"""PR-MIM on MAE and UM-MAE, whole steps: what throwing changes, and what it must not."""
 
 from typing import Any
 

@@ -144,6 +144,15 @@ def test_masked_units_are_counted_upwards() -> None:
         assert len(sample.kept) == masked
 
 
+def test_a_width_without_a_position_table_is_refused_where_the_aggregation_needs_one() -> None:
+    config, transformer = Config(RelativeViTConfig(embed_dim=90, depth=1, num_heads=3)), PartialConfig("transformer")
+    with torch.device("meta"):
+        config.build(224, PartialConfig(), throwing=True)
+        config.build(224, transformer, throwing=False)
+        with pytest.raises(RecipeError, match="partial.aggregation = 'transformer': .* multiple of 4 channels, not 90"):
+            config.build(224, transformer, throwing=True)
+
+
 @pytest.mark.parametrize("config", [SWIN, UM_SWIN, PVT])
 def test_only_the_vit_can_throw_tokens(config: Config) -> None:
     with pytest.raises(RecipeError, match="no partial reconstruction"):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from ummim.errors import UserError
 
 GB, TERA = 1e9, 1e12
+MOST = 1e15  # of any number that is given by hand
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,16 @@ class Assumptions:
             value, option = getattr(self, field.name), "--" + field.name.replace("_", "-")
             if field.name in shares and not 0 < value <= 1:
                 raise UserError(f"{option} {value:g}: is a share: choose a value above 0 and at most 1")
-            if value < 0 or (value == 0 and field.name not in (*free, "context_gib", "restart_seconds")):
-                raise UserError(f"{option} {value:g}: choose a positive number")
+            check_number(option, value, zero=field.name in (*free, "context_gib", "restart_seconds"))
+
+
+def check_number(option: str, value: float, zero: bool = False) -> None:
+    """Raise UserError unless ``value`` is above 0, or 0 where that may be, and not beyond what can be calculated with;
+    infinity is, and what is no number."""
+    if value < 0 or (value == 0 and not zero):
+        raise UserError(f"{option} {value:g}: choose a positive number")
+    if not value <= MOST:
+        raise UserError(f"{option} {value:g}: choose a number of at most {MOST:g}")
 
 
 def find_gpu(name: str | None, tflops: float | None, memory_gb: float | None, network_gbits: float | None) -> Gpu:
@@ -120,8 +129,8 @@ def find_gpu(name: str | None, tflops: float | None, memory_gb: float | None, ne
     for option, value in (
         ("--gpu-tflops", tflops), ("--gpu-memory", memory_gb), ("--network-gbits", network_gbits)
     ):  # fmt: skip
-        if value is not None and value <= 0:
-            raise UserError(f"{option} {value:g}: choose a positive number")
+        if value is not None:
+            check_number(option, value)
     gpu = known[name.lower()] if name is not None else Gpu("by hand", 0, 0, 0, 32 * GB, 50 * GB)
     if tflops is not None:
         gpu = replace(gpu, half_flops=tflops * TERA, single_flops=tflops * TERA)

@@ -215,16 +215,26 @@ def _data(recipe: Recipe, plan: RunPlan, step: StepTime, cluster: Cluster) -> di
 
 
 def checkpointing_of(model: Model, plan: RunPlan, cluster: Cluster, asynchronous: bool) -> Checkpointing:
-    """Costs of a checkpoint: copied to the host by every rank, then written by all of them together."""
+    """Costs of a checkpoint: copied to the host by every rank, then written by all of them together.
+
+    Raises UserError where failures leave less than 1% of the time to train in: it could not be simulated.
+    """
     size, assumed = model.shapes.trainable * STATE_BYTES, cluster.assumed
     copied = size / plan.world_size / (assumed.pcie_gbytes * 1e9)
     written = size / (assumed.storage_gbytes * 1e9)
-    return Checkpointing(
+    costs = Checkpointing(
         blocked=assumed.save_seconds + copied + (0.0 if asynchronous else written),
         delay=written if asynchronous else 0.0,
         restart=assumed.restart_seconds + written,  # read again at the rate of writing
         mtbf=assumed.mtbf_hours * 3600 / cluster.nodes,
     )
+    again = costs.blocked + costs.delay + costs.restart
+    if again > 5 * costs.mtbf:
+        raise UserError(
+            f"--mtbf-hours {assumed.mtbf_hours:g}: {cluster.nodes} nodes fail every {costs.mtbf:.3g} s, a checkpoint "
+            f"and a restart take {again:.3g} s: nothing would be trained; choose a larger number, or fewer nodes"
+        )
+    return costs
 
 
 def _checkpoints(model: Model, plan: RunPlan, step: StepTime, cluster: Cluster, asynchronous: bool) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def _below(seed: np.uint64, counter: int, bound: int) -> np.int64:
     z = (z ^ (z >> uint64(30))) * uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> uint64(27))) * uint64(0x94D049BB133111EB)
     z = z ^ (z >> uint64(31))
-    return int64(((z >> uint64(32)) * uint64(bound)) >> uint64(32))  # 32 random bits: bound is below 2**16
+    return int64(((z >> uint64(32)) * uint64(bound)) >> uint64(32))  # of 32 random bits
 
 
 @compiled

@@ -15,7 +15,7 @@ and SimMIM's loss fails after the first refresh (Q-A3).
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -74,10 +74,16 @@ class Config(MethodConfig):
             yield "method.attention.unit", f"units of {unit} tokens do not tile the grid {h}x{w}; choose a divisor"
         if not 0 < masked < 1:
             yield "method.attention.masked", "is a share of all tokens: choose a value between 0 and 1, such as 0.45"
-        try:
-            AttentionSampler((h, w), self.attention)
-        except ValueError as error:
-            yield "method.attention.thrown", f"{error}: masked and thrown together must stay below 1"
+        if not 0 <= self.attention.thrown < 1:
+            yield "method.attention.thrown", "is a share of all tokens: choose a value from 0 to below 1, such as 0.4"
+        for key, attention, remedy in (
+            ("masked", replace(self.attention, thrown=0.0), "choose a value further from 0 and 1, such as 0.45"),
+            ("thrown", self.attention, "masked and thrown together must stay below 1"),
+        ):
+            try:
+                AttentionSampler((h, w), attention)
+            except ValueError as error:
+                yield f"method.attention.{key}", f"{error}: {remedy}"
 
     def check(self, image_size: int, mask: MaskConfig, throw_ratio: float) -> None:
         if throw_ratio > 0:

@@ -22,6 +22,7 @@ from ummim.backbones.pyramid import MASK_PATCH
 from ummim.backbones.relative_vit import RelativeViT, RelativeViTConfig
 from ummim.backbones.swin import Swin, SwinConfig
 from ummim.backbones.table_swin import UNIT, TableSwin, TableSwinConfig
+from ummim.errors import RecipeError
 from ummim.masking import MaskPlan
 from ummim.methods.api import Method, MethodConfig, MIMOutput, check_heads, check_patches, check_swin
 from ummim.methods.um_mae import ShuffleEmbed, check_pyramid
@@ -77,6 +78,12 @@ class Config(MethodConfig):
             yield from check_heads("method.encoder", encoder.embed_dim, encoder.num_heads)
 
     def build(self, image_size: int, partial: PartialConfig, throwing: bool) -> "SimMIM":
+        encoder, transformer = self.encoder, throwing and partial.aggregation == "transformer"
+        if transformer and isinstance(encoder, RelativeViTConfig) and encoder.embed_dim % 4:
+            raise RecipeError(
+                "partial.aggregation = 'transformer': its position table needs tokens of a multiple of 4 channels, not"
+                f" {encoder.embed_dim}; choose conv, or another method.encoder.embed_dim"
+            )
         return SimMIM(image_size, self, partial, throwing)
 
 

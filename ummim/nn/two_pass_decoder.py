@@ -96,16 +96,13 @@ class SharedDecoder(nn.Module):
 
 
 class FeatureHead(nn.Module):
-    """Final norm and linear prediction of the teacher's features, applied apart: (B, n, d) -> (B, n, D)."""
+    """Final norm and linear prediction of the teacher's features, which a caller applies apart: d -> D channels."""
 
     def __init__(self, dim: int, out: int) -> None:
         super().__init__()
         self.norm = LayerNorm(dim)
         self.pred = nn.Linear(dim, out)
         self.apply(init_mae)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.pred(self.norm(tokens))
 
 
 class QueryKey(nn.Linear):
