@@ -7,7 +7,7 @@ import re
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote
 
 from ummim.data.download import Patience, fetch_file, fetch_range, persist
@@ -25,7 +25,7 @@ def exists(location: str) -> bool:
         return Path(location).exists()
     if is_web(location):
         return _is_there(location, lambda: file_size(location, patience().stall))
-    fs, path = filesystem(location)
+    fs, path = connect(location)
     return _is_there(location, lambda: fs.info(path))
 
 
@@ -34,7 +34,7 @@ def is_folder(location: str) -> bool:
         return Path(location).is_dir()
     if is_web(location):  # fsspec takes every page with links for a folder
         return location.endswith("/")
-    fs, path = filesystem(location)
+    fs, path = connect(location)
     return attempt(location, lambda: fs.isdir(path))
 
 
@@ -93,7 +93,7 @@ def walk(folder: str, deep: bool = True) -> list[tuple[str, int]]:
     """
     if not is_url(folder):
         return sorted(_walk(Path(folder), Path(folder)))
-    fs, root = filesystem(folder)
+    fs, root = connect(folder)
     depth = None if deep else 1
     found = attempt(folder, lambda: fs.find(root, maxdepth=depth, detail=True))
     below = ((path[len(root) :].lstrip("/"), info.get("size") or 0) for path, info in found.items())
@@ -105,13 +105,23 @@ def glob(pattern: str) -> list[str]:
     """The locations that fit ``pattern`` (``*``, ``?``, ``[]``), sorted."""
     if not is_url(pattern):
         return sorted(str(path) for path in filesystem(f"file://{os.getcwd()}")[0].glob(pattern))  # noqa: PTH109
-    fs, path = filesystem(pattern)
+    fs, path = connect(pattern)
     return sorted(fs.unstrip_protocol(found) for found in attempt(pattern, lambda: fs.glob(path)))
 
 
 def patience() -> Patience:
     """How long a server is asked again."""
     return Patience(PATIENCE_SECONDS, remedy="check the server and the network; the same command goes on from here")
+
+
+def connect(url: str) -> tuple[Any, str]:
+    """``filesystem`` of a protocol that may have to reach its server for it (ftp, sftp), with patience.
+
+    Raises:
+        PermissionError: the server refuses.
+        DataError: it did not answer in time; or see ``filesystem``.
+    """
+    return _told(url, lambda: persist(lambda: filesystem(url), url, patience()))
 
 
 def attempt(url: str, action: Callable[[], Value]) -> Value:

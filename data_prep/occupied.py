@@ -5,9 +5,8 @@ import os
 import re
 from collections.abc import Collection
 
-from data_prep.locations import read
+from data_prep.locations import connect, read
 from data_prep.target import Target
-from ummim.data.remote import filesystem
 from ummim.data.shards import CLASSES, INDEX, TABLE
 from ummim.data.urls import basename, is_url, is_web, join, parent, shown
 from ummim.errors import DataError
@@ -65,7 +64,7 @@ def _lies_in(location: str, folder: str, url: str | None) -> bool:
     """Whether ``location`` has a shard's name in ``folder`` (links followed) or in ``url``."""
     if is_url(location):
         named = url is not None and not is_web(location) and is_own_shard(basename(location))
-        return named and filesystem(parent(location)) == filesystem(str(url))
+        return named and connect(parent(location)) == connect(str(url))
     beside = os.path.realpath(parent(location)), basename(location)  # the link itself would go
     behind = os.path.split(os.path.realpath(location))
     return any(place == folder and is_own_shard(name) for place, name in (beside, behind))

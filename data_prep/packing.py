@@ -9,6 +9,7 @@ from typing import NamedTuple
 from data_prep import pool
 from data_prep.convert import Conversion, Stored
 from data_prep.journal import Bad
+from data_prep.scan import KEY_BYTES
 from data_prep.shard_writer import Finished, ShardWriter
 from data_prep.sources import Item, read_item
 from data_prep.tar import padded
@@ -76,6 +77,8 @@ class Packer:
 
 def convert(item: Item, conversion: Conversion) -> Stored | Bad:
     """What is stored of an image, or why nothing is."""
+    if (long := len(item.key.encode())) > KEY_BYTES:
+        return Bad(item.name, f"its key has {long} bytes, more than {KEY_BYTES}: choose shorter names")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's about odd tags: what matters is raised

@@ -15,7 +15,7 @@ from ummim.data.shards import UNLABELLED, Shard, table_dtype
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")  # in order of preference
 _TWICE = "the key comes twice in this shard"
-_KEY_BYTES = 1024  # every row of the table has room for the longest key
+KEY_BYTES = 1024  # every row of the table has room for the longest key
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,6 @@ def _encoded(key: str, header: int) -> bytes:
     encoded = key.encode("utf-8", "backslashreplace")
     if b"\0" in encoded:
         raise _Wrong("key", "the key holds a zero byte", header)
-    if len(encoded) > _KEY_BYTES:
-        raise _Wrong("key", f"the key has {len(encoded)} bytes, more than {_KEY_BYTES}", header)
+    if len(encoded) > KEY_BYTES:
+        raise _Wrong("key", f"the key has {len(encoded)} bytes, more than {KEY_BYTES}", header)
     return encoded

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from data_prep.locations import attempt, read
-from ummim.data.remote import filesystem
+from data_prep.locations import attempt, connect, read
 from ummim.data.shards import INDEX, JOURNAL, ShardIndex
 from ummim.data.urls import basename, is_url, is_web, join, local_path
 from ummim.errors import DataError
@@ -41,7 +40,7 @@ class Target:
         if self.url is None:
             found = self.folder.iterdir() if self.folder.is_dir() else []
             return {path.name: path.stat().st_size for path in found if path.is_file()}
-        fs, root = filesystem(self.url)
+        fs, root = connect(self.url)
         fs.invalidate_cache()
         try:
             listing = attempt(self.url, lambda: fs.ls(root, detail=True))
@@ -56,13 +55,13 @@ class Target:
     def withdraw(self, name: str) -> None:
         """Remove a file from the URL alone."""
         if self.url is not None:
-            fs, root = filesystem(self.url)
+            fs, root = connect(self.url)
             attempt(self.url, lambda: fs.rm_file(join(root, name)) if fs.exists(join(root, name)) else None)
 
     def check_writable(self) -> None:
         """Write an empty file and remove it. Raises OSError or DataError."""
         if self.url is not None:
-            fs, root = filesystem(self.url)
+            fs, root = connect(self.url)
             path = join(root, _PROBE)
             attempt(join(self.url, _PROBE), lambda: fs.pipe_file(path, b""))
             attempt(join(self.url, _PROBE), lambda: fs.rm_file(path))
@@ -77,7 +76,7 @@ class Target:
         """
         if self.url is None:
             return
-        path, (fs, root) = self.folder / name, filesystem(self.url)
+        path, (fs, root) = self.folder / name, connect(self.url)
         url, size = join(self.url, name), path.stat().st_size
 
         def upload() -> None:
@@ -136,7 +135,7 @@ def open_target(dst: str, staging: Path | None) -> Target:
         return Target(Path(dst), None)
     if is_web(dst):
         raise DataError(f"{dst}: nothing can be written over http: give a folder, or an s3:// or gs:// URL")
-    filesystem(dst)  # known, and its package installed
+    connect(dst)  # known, and its package installed
     return Target(staging or _default_staging(dst), dst.rstrip("/"))
 
 

@@ -67,5 +67,12 @@ def run_main(main: Callable[[], int | None]) -> int:
             raise
         rank = os.environ.get("RANK", "0")
         prefix = "ummim: error: " if rank == "0" else f"ummim: rank {rank}: error: "
-        print(prefix + message, file=sys.stderr, flush=True)
+        say(prefix + message)
         return EXIT_USER
+
+
+def say(line: str) -> None:
+    """A line on stderr, written at once: ``print`` writes its newline apart where ``PYTHONUNBUFFERED`` is set, as it is
+    in many containers, and ranks that share a terminal break into each other's lines there."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()

@@ -88,6 +88,13 @@ def test_a_model_that_does_not_fit_gets_advice(tiny: str, capsys: pytest.Capture
         ([], "--gpu: name one of"),
         (["--gpu", "H100", "--nodes", "0"], "give at least 1"),
         (["--gpu", "H100", "--efficiency", "35"], "--efficiency 35: is a share"),
+        (["--gpu", "H100", "--step-noise", "1e+15"], "--step-noise 1e+15: is a share"),
+        (["--gpu", "H100", "--efficiency", "1e-300"], "--efficiency 1e-300: choose a number of at least 1e-09"),
+        (
+            ["--gpu", "H100", "--gpus-per-node", "1", "--gpu-tflops", "1e-9", "--efficiency", "1e-6"],
+            "a step of the global batch takes",
+        ),
+        (["--gpu", "H100", "--gpus-per-node", "2", "--link-microseconds", "1e15"], "a step of the global batch takes"),
         (["--gpu", "H100", "--mtbf-hours", "0"], "--mtbf-hours 0: choose a positive number"),
         (["--gpu", "H100", "--gpu-memory", "-1"], "--gpu-memory -1"),
         *(
@@ -112,6 +119,12 @@ def test_users_mistake_is_one_line(tiny: str, arguments: list[str], part: str, c
     code, out, err = run(capsys, tiny, *arguments)
     assert code == 2 and not out
     assert part in err and len(err.strip().splitlines()) == 1
+
+
+def test_an_interval_beyond_all_failures_loses_everything(tiny: str, capsys: pytest.CaptureFixture[str]):
+    words = ["checkpoint_every=1000000000", "--gpus-per-node", "1", "--gpu", "H100", "--json", "--mtbf-hours", "0.5"]
+    code, out, _ = run(capsys, tiny, *words)
+    assert code == 0 and json.loads(out)["checkpoints"]["recipe_overhead"] == 1
 
 
 def test_the_greatest_numbers_are_calculated_with(tiny: str, capsys: pytest.CaptureFixture[str]):

@@ -141,3 +141,14 @@ def test_a_file_url_is_a_folder(tree: Path, shards: Path, tmp_path: Path) -> Non
     assert main(["build", str(tree), dst, "--shard-count", "5", "--workers", "1"]) == 0
     assert contents(tmp_path / "dst") == contents(shards)
     assert json.loads((tmp_path / "dst" / "index.json").read_text())["samples"] == 24
+
+
+def test_a_server_that_is_asked_at_once_and_is_down_is_one_message(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(locations, "PATIENCE_SECONDS", 0.1)
+    down = "ftp://127.0.0.1:1/images"
+    for words in (["build", down, str(tmp_path / "dst")], ["build", str(tree), down], ["index", down]):
+        assert main(words) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and f"{down}: [Errno 111] Connection refused (given up after 0.1 s" in message

@@ -105,6 +105,18 @@ def test_a_folder_of_shard_folders_says_what_to_give(shards: Path) -> None:
 
 
 @pytest.mark.timeout(60)
+def test_names_that_no_index_has_room_for_go_to_the_quarantine(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = write(tree.joinpath("a", *["d" * 250] * 4, f"{'x' * 30}.png"), 1)
+    assert run("build", tree, tmp_path / "dst", "--max-bad", "0.5") == 0
+    [bad] = [json.loads(line) for line in (tmp_path / "dst" / "quarantine.jsonl").read_text().splitlines()]
+    assert long.name in bad["file"]
+    assert "its key has 1036 bytes, more than 1024: choose shorter names" in bad["reason"]
+    capsys.readouterr()
+    assert run("verify", tmp_path / "dst") == 0
+
+
 def test_links_to_themselves_and_pipes_go_to_the_quarantine(tree: Path, tmp_path: Path) -> None:
     (tree / "cat" / "loop.jpg").symlink_to("loop.jpg")
     (tree / "cat" / "loop").symlink_to("loop")

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from data_prep.__main__ import main as build
 from tests.downstream.test_encoders import fine_tuned_run
-from tests.interop.test_classifier import pretrained, small
+from tests.interop.test_classifier import DECODER, pretrained, small
 from ummim.__main__ import main
+from ummim.backbones.vit import ViTConfig
 from ummim.data.normalise import denormalise
 from ummim.downstream.imagenet_variants import (
     ALEXNET_ERROR,
@@ -35,8 +36,10 @@ from ummim.downstream.robustness import (
     table,
     total,
 )
+from ummim.downstream.subject import load_subject
 from ummim.engine.checkpoint import seal
 from ummim.errors import DataError, UserError
+from ummim.methods.mae import MAE, Config
 
 A, R = subset_classes("imagenet-a"), subset_classes("imagenet-r")
 BOTH = sorted(set(A) & set(R))[:2]
@@ -221,9 +224,10 @@ def test_an_image_that_cannot_be_read_is_never_left_out(tmp_path: Path) -> None:
 
 
 def official_file(path: Path, classes: int) -> Path:
-    """A tiny fine-tuned MAE in the official format."""
-    tensors = small("mae_vit", pretrained("mae_vit"))
-    head = {"head.weight": torch.randn(classes, 36), "head.bias": torch.zeros(classes)}
+    """A fine-tuned MAE in the official format, one block of the smallest published width."""
+    torch.manual_seed(0)
+    tensors = small("mae_vit", MAE(32, Config(ViTConfig(embed_dim=192, depth=1, num_heads=3), DECODER)))
+    head = {"head.weight": torch.randn(classes, 192), "head.bias": torch.zeros(classes)}
     torch.save({"model": tensors | head}, path)
     return path
 
@@ -269,6 +273,12 @@ def test_a_fine_tunings_run_is_tested_on_its_own_classes(
     seal(recipe.parent)
     assert main(command) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["ImageNet-A", "1", "3"]
+
+
+def test_the_heads_of_an_official_file_are_not_guessed(tmp_path: Path) -> None:
+    torch.save({"model": small("mae_vit", pretrained("mae_vit"))}, tmp_path / "a.pth")  # 36 wide, which none is
+    with pytest.raises(UserError, match=r"a\.pth: nothing tells num_heads, and 1 would be a guess"):
+        load_subject(tmp_path / "a.pth", "mae_vit", None)
 
 
 def test_the_commands_mistakes_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

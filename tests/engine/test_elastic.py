@@ -101,8 +101,8 @@ def test_weights_moments_and_counters_are_the_same_to_the_bit(runs, name):
 
 @pytest.mark.parametrize("name", MOVED)
 def test_the_losses_are_those_of_the_run_left_alone(runs, name):
-    """Relative 1e-6 in fp32, and to the bit between ZeRO-1 and 2, which differ in communication only; 1e-3 in one
-    16-bit precision, 5e-3 to another, as in test_stages."""
+    """Relative 1e-6 in fp32 (ZeRO-1 adds micro-batches up before ranks, ZeRO-2 after, and how that rounds is up to the
+    processor); 1e-3 in one 16-bit precision, 5e-3 to another, as in test_stages."""
     case, origin = MOVED[name], runs / MOVED[name]["from"]
     before, after = losses(origin), losses(runs / name)
     assert list(after) == [6, 7, 8, 9, 10]
@@ -110,8 +110,6 @@ def test_the_losses_are_those_of_the_run_left_alone(runs, name):
     precision = case.get("precision", "fp32")
     near = 5e-3 if precision != whole.precision else 1e-6 if precision == "fp32" else 1e-3
     assert list(after.values()) == pytest.approx([before[step] for step in after], rel=near)
-    if name == "zero1 to 2":
-        assert after == {step: before[step] for step in after}
 
 
 def test_the_loss_scale_goes_on(runs):

@@ -154,6 +154,9 @@ def test_a_runs_folder_is_exported_and_one_of_neighbours_says_what_to_give(
     neighbours, _ = evaluation("mae", "mean", "knn")
     (tmp_path / "knn").mkdir()
     (tmp_path / "knn" / "recipe.yaml").write_text(dump_recipe(neighbours))
+    assert main(["reconstruct", str(tmp_path / "knn"), "a.png", "--out", str(tmp_path / "b.png")]) == 2
+    message = capsys.readouterr().err
+    assert "knn/recipe.yaml: is an evaluation" in message and "this needs a pre-training recipe" in message
     assert main(["export", str(tmp_path / "knn"), str(tmp_path / "c.safetensors")]) == 2
     assert "leave no checkpoint: give the weights that were evaluated, w" in capsys.readouterr().err
 

@@ -12,8 +12,11 @@ from tests.interop.exports import CHECKPOINT, build, images_of, shaken, tiny
 from ummim.backbones.pvt import PVTConfig
 from ummim.backbones.swin import SwinConfig
 from ummim.backbones.vit import ViTConfig
+from ummim.data.config import LabelledDataConfig
 from ummim.downstream.adapt import for_whole_images
 from ummim.downstream.encoders import load_encoder
+from ummim.downstream.recipe import ClassifyConfig, ClassifyRecipe
+from ummim.downstream.run import starting_encoder
 from ummim.errors import UserError
 from ummim.interop.certificate import certificate_path
 from ummim.interop.export import export
@@ -70,6 +73,20 @@ def test_a_guess_is_refused(name: str, size: str, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"a\.pth: nothing tells {size}, and .* would be a guess") as error:
             load_encoder(path, family)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["mae", "um_mae_pvt"])
+def test_a_recipe_states_the_heads_of_a_file_without_certificate(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    pretraining, model, family = official(name, path)
+    certificate_path(path).unlink()
+    config = for_whole_images(model.encoder).encoder.config
+    classify = ClassifyConfig(str(path), family, encoder=config, classes=3, val_shards="nowhere")
+    data = LabelledDataConfig("nowhere", image_size=pretraining.data.image_size)
+    recipe = ClassifyRecipe(name="a", output=str(tmp_path / "run"), classify=classify, data=data)
+    assert starting_encoder(recipe)[0].config == config
+    with pytest.raises(UserError, match=r"state num_heads: classify\.encoder in a recipe or load_encoder"):
+        starting_encoder(replace(recipe, classify=replace(classify, encoder=None)))
 
 
 def test_a_given_size_that_is_not_the_certificates_is_refused(tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ class Checkpointing:
         """
         mtbf = self.mtbf
         segment = interval + self.blocked
+        if segment > 100 * mtbf:  # next to none is ever whole
+            return 1.0
         rate = interval / mtbf * math.exp(-(self.restart + self.delay) / mtbf) / math.expm1(segment / mtbf)
         return 1 - rate
 

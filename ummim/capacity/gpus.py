@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields, replace
 from ummim.errors import UserError
 
 GB, TERA = 1e9, 1e12
-MOST = 1e15  # of any number that is given by hand
+LEAST = 1e-9  # of any number that is given by hand, but for 0
+MOST = 1e15  # likewise
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,13 @@ class Assumptions:
 
     def check(self) -> None:
         """Raise UserError for a number that cannot be."""
-        shares, free = ("efficiency", "link_efficiency"), ("price_per_gpu_hour", "step_noise", "fragmentation")
+        shares = ("efficiency", "link_efficiency", "step_noise", "fragmentation")
+        free = ("step_noise", "fragmentation", "price_per_gpu_hour", "context_gib", "restart_seconds")
         for field in fields(self):
             value, option = getattr(self, field.name), "--" + field.name.replace("_", "-")
-            if field.name in shares and not 0 < value <= 1:
-                raise UserError(f"{option} {value:g}: is a share: choose a value above 0 and at most 1")
-            check_number(option, value, zero=field.name in (*free, "context_gib", "restart_seconds"))
+            if field.name in shares and not 0 <= value <= 1:
+                raise UserError(f"{option} {value:g}: is a share: choose a value from 0 to 1")
+            check_number(option, value, zero=field.name in free)
 
 
 def check_number(option: str, value: float, zero: bool = False) -> None:
@@ -112,6 +114,8 @@ def check_number(option: str, value: float, zero: bool = False) -> None:
     infinity is, and what is no number."""
     if value < 0 or (value == 0 and not zero):
         raise UserError(f"{option} {value:g}: choose a positive number")
+    if 0 < value < LEAST:
+        raise UserError(f"{option} {value:g}: choose a number of at least {LEAST:g}")
     if not value <= MOST:
         raise UserError(f"{option} {value:g}: choose a number of at most {MOST:g}")
 

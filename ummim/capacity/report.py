@@ -263,6 +263,11 @@ def recommended_every(costs: Checkpointing, step: StepTime) -> int:
 def run(model: Model, plan: RunPlan, step: StepTime, cluster: Cluster, asynchronous: bool) -> dict[str, float]:
     """The whole run: days with failures and checkpoints at the recommended interval, GPU hours, price."""
     costs = checkpointing_of(model, plan, cluster, asynchronous)
+    if step.total > 5 * costs.mtbf:
+        raise UserError(
+            f"a step of the global batch takes {step.total:.3g} s, {cluster.nodes} nodes fail every "
+            f"{costs.mtbf:.3g} s: nothing would be trained; look at --mtbf-hours, --efficiency and the bandwidths"
+        )
     lost = costs.overhead(recommended_every(costs, step) * step.total)
     seconds = plan.stop_step * step.total / (1 - lost)
     hours = seconds / 3600 * plan.world_size

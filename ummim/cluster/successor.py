@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from ummim.errors import say
+
 SECONDS = 60.0  # for each of the commands
 
 
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     launcher, commands, *folders = arguments
     if sys.stdin.buffer.read(1):
         return 0
-    print("ummim: this job's supervisor was killed: all ranks save and end", file=sys.stderr, flush=True)
+    say("ummim: this job's supervisor was killed: all ranks save and end")
     end_group(int(launcher))
     none = subprocess.DEVNULL
     running = [subprocess.Popen(words, stdin=none, stdout=none) for words in json.loads(commands)]

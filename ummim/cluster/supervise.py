@@ -21,7 +21,7 @@ from typing import IO
 
 from ummim.cluster.jobs import VARIABLE, end, processes, send
 from ummim.cluster.successor import Successor, end_group
-from ummim.errors import run_main
+from ummim.errors import run_main, say
 
 LOST = re.compile(rb"pdsh@\S+: (\S+): ssh exited with exit code (\d+)")
 GRACE = 30.0  # seconds that the other hosts have to end as well, once the launcher has lost one
@@ -39,7 +39,7 @@ def new_job() -> str:
 
 
 def tell(text: str) -> None:
-    print(f"ummim: {text}", file=sys.stderr, flush=True)
+    say(f"ummim: {text}")
 
 
 class Supervisor:

@@ -17,7 +17,7 @@ from ummim.engine.checkpoint_shards import AVERAGE, Contents
 from ummim.engine.faults import EXIT_INTERRUPT, Interrupts, agreed_stop, on_every_rank, on_main
 from ummim.engine.resume import read_state
 from ummim.engine.zero import setup_distributed, shutdown
-from ummim.errors import CheckpointError
+from ummim.errors import CheckpointError, say
 
 
 def load_task(path: Path, average: bool) -> tuple[ClassifyRecipe, Classification, Path]:
@@ -76,7 +76,7 @@ def _open(recipe: ClassifyRecipe, place: str, what: str) -> ShardIndex:
     """The set to evaluate on, its classes being the run's as far as can be told. Raises DataError."""
     index = open_labelled(recipe.data, place, recipe.classify.classes, what)
     if untold := compare_with_run(recipe, index, what):
-        print(untold, file=sys.stderr, flush=True)
+        say(untold)
     return index
 
 

@@ -5,7 +5,6 @@ each image counts once, and on one kind of device the numbers are equal to the l
 """
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +34,7 @@ from ummim.downstream.imagenet_variants import (
 )
 from ummim.engine.faults import on_every_rank, on_main
 from ummim.engine.zero import World
-from ummim.errors import DataError, UserError
+from ummim.errors import DataError, UserError, say
 
 T = TypeVar("T")
 
@@ -281,4 +280,4 @@ def write_json(path: Path, told: Mapping[str, Any], results: Mapping[str, Any]) 
 
 def _say(line: str, reading: Reading) -> None:
     if reading.world.is_main:
-        print(line, file=sys.stderr, flush=True)
+        say(line)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ummim.atomic import write_text
+from ummim.backbones.pvt import PVTConfig
+from ummim.backbones.vit import ViTConfig
 from ummim.data import ShardIndex
 from ummim.data.labelled import LabelledBatch, build_labelled_loader, check_labels, open_labelled
 from ummim.downstream.adapt import Encoder
@@ -18,7 +20,7 @@ from ummim.downstream.class_names import check_same_classes
 from ummim.downstream.encoders import describe, load_encoder
 from ummim.downstream.evaluate import Accuracy, Parts, evaluate, evaluating, lacks_evaluation, write_evaluation
 from ummim.downstream.knn import nearest_neighbours
-from ummim.downstream.recipe import ClassifyRecipe
+from ummim.downstream.recipe import ClassifyConfig, ClassifyRecipe
 from ummim.downstream.task import Classification, build_model, encoder_from_scratch, resolved
 from ummim.engine.checkpoint import FOLDER, steps
 from ummim.engine.faults import on_every_rank, on_main
@@ -119,9 +121,16 @@ def starting_encoder(recipe: ClassifyRecipe) -> tuple[Encoder, dict[str, Any]]:
     if not config.weights:
         return encoder_from_scratch(recipe), {}
     try:
-        return load_encoder(config.weights, config.family, recipe.data.image_size)
+        return load_encoder(config.weights, config.family, recipe.data.image_size, **_stated_heads(config))
     except UserError as error:
         raise UserError(f"classify.weights: {error}") from None
+
+
+def _stated_heads(config: ClassifyConfig) -> dict[str, Any]:
+    """The heads that a recipe states of an official file, in which no tensor tells those of a ViT or PVT."""
+    if config.family is None or not isinstance(config.encoder, ViTConfig | PVTConfig):
+        return {}
+    return {"num_heads": config.encoder.num_heads}
 
 
 def _provenance(run: Path) -> dict[str, Any]:

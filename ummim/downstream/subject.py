@@ -16,6 +16,7 @@ from ummim.downstream.robustness import Subject, read_classes_file
 from ummim.errors import CheckpointError, DataError, UserError
 from ummim.interop.classifier import CLASSIFIERS, fine_tuned_classes, load_official_classifier
 from ummim.interop.official import read_checkpoint
+from ummim.interop.told import refuse_guesses
 
 
 def load_subject(
@@ -76,6 +77,7 @@ def _official(path: Path, family: str | None) -> tuple[Any, dict[str, Any]]:
         if (classes := fine_tuned_classes(family, tensors)) is None:
             raise UserError(f"{path}: has no head: is it a pre-training's? Fine-tune it first")
         model = load_official_classifier(family, tensors, classes)
+        refuse_guesses(path, model.encoder, {})
     except ValueError as error:  # OfficialError
         raise CheckpointError(f"{path}: {error}") from None
     return model.float(), {"format": "official", "recipe": family, "sha256": file_sha256(path)}

@@ -194,7 +194,8 @@ class Progress:
         self._printed = now
         left = (now - self._begun) / max(step - self._start, 1) * (self.plan.stop_step - step)
         line = f"epoch {record['epoch']:.2f}  step {step}/{self.plan.stop_step}  loss {loss}  {rate}"
-        print(f"{line}  ETA {tqdm.format_interval(left)}", flush=True)
+        sys.stdout.write(f"{line}  ETA {tqdm.format_interval(left)}\n")  # at once: see errors.say
+        sys.stdout.flush()
 
     def close(self) -> None:
         if self._bar is not None:

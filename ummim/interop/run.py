@@ -26,8 +26,14 @@ def load_run(path: str | Path) -> tuple[Recipe, Method, Path]:
 
     Raises:
         CheckpointError: nothing there, or weights that do not fit the recipe.
+        RecipeError: the run is no pre-training.
     """
-    checkpoint = find_checkpoint(Path(path))
+    try:
+        checkpoint = find_checkpoint(Path(path))
+    except CheckpointError:
+        if (own := Path(path) / RECIPE_FILE).is_file():
+            load_recipe(str(own))  # which says so where checkpoints are not to be expected, as of nearest neighbours
+        raise
     recipe = load_recipe(recipe_of(checkpoint))
     return recipe, method_of(recipe, checkpoint), checkpoint
 

@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ummim.backbones.sparse_swin import PatchMerging
 from ummim.backbones.table_swin import TableSwin
 from ummim.checkpoint_file import key_faults, listed, read_checkpoint_file
 from ummim.downstream.adapt import Encoder, Pretrained
@@ -31,8 +30,8 @@ from ummim.interop.classifier import CLASSIFIERS, fine_tuned_classes, load_offic
 from ummim.interop.from_huggingface import from_huggingface, weights_file
 from ummim.interop.from_timm import from_timm, is_timm
 from ummim.interop.huggingface import CONFIG
-from ummim.interop.official import FAMILIES, assign, check_keys, load_official, read_checkpoint
-from ummim.interop.sizes import SPELLINGS, collect_sizes, depth_of, one
+from ummim.interop.official import FAMILIES, load_official, read_checkpoint
+from ummim.interop.official_encoder import encoder_of, has_decoder, is_size, order_merges
 from ummim.interop.timm import TIMM_VITS
 from ummim.interop.told import certificate_of, certified_sizes, refuse_guesses
 from ummim.methods.api import Method
@@ -216,70 +215,21 @@ def _official(path: Path, family: str, sizes: Mapping[str, Any], whole: bool) ->
     try:
         tensors, args = read_checkpoint(path)
         if (classes := fine_tuned_classes(family, tensors)) is not None:
-            known = {key: value for key, value in sizes.items() if not whole or _is_size(family, key)}
+            known = {key: value for key, value in sizes.items() if not whole or is_size(family, key)}
             encoder = load_official_classifier(family, tensors, classes, **known).encoder
             left = [key for key in tensors if key.startswith(CLASSIFIERS[family].head)]
             untold = ("window_size", "sr_ratios") if whole else ()  # a recipe's, which may be of a compact grid
-        elif whole and _has_decoder(family, tensors):
+        elif whole and has_decoder(family, tensors):
             method = load_official(family, tensors, **sizes)
             (encoder, rest), heads, left = _parts(method), decoder_heads(method), []
         else:
-            encoder, used = _encoder_of(family, tensors, args, sizes)
+            encoder, used = encoder_of(family, tensors, args, sizes)
             left = [key for key in tensors if key not in used]
     except ValueError as error:  # OfficialError
         raise UserError(f"{path}: {error}") from None
     refuse_guesses(path, encoder, sizes)
-    _order_merges(encoder, certificate)
+    order_merges(encoder, certificate)
     return Source("official", f"official {family}", family, encoder, rest, left, None, path, heads, untold)
-
-
-def _is_size(family: str, name: str) -> bool:
-    """Whether a fine-tuned model of the family has this size, too."""
-    return SPELLINGS.get(name, name) in CLASSIFIERS[family].sizes
-
-
-def _order_merges(encoder: Any, certificate: Mapping[str, Any]) -> None:
-    """Take the order of 2x2 tokens from an official file's certificate: of an export of ours, it may be the
-    official fine-tuning's, which the tensors do not tell."""
-    certified = certificate.get("recipe", {}).get("method", {})
-    if "row_major_merge" in certified:
-        for module in encoder.modules():
-            if isinstance(module, PatchMerging):
-                module.row_major = bool(certified["row_major_merge"])
-
-
-def _has_decoder(family: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether any tensor is of what an official encoder's file lacks."""
-    parts = ("decoder", "mask_token", "neck.", "hog_enc")
-    return any(key.startswith(parts) for key in tensors if not (family.startswith("um_simmim") and key == "mask_token"))
-
-
-def _encoder_of(
-    family: str, tensors: Mapping[str, Tensor], args: Mapping[str, Any], sizes: Mapping[str, Any]
-) -> tuple[Pretrained, set[str]]:
-    """The encoder of the family's model, and the official keys that it uses; the decoder, which many published files
-    lack, is not looked at. Raises OfficialError."""
-    kind = FAMILIES[family]
-    collected = collect_sizes(family, kind.sizes, sizes, args, kind.norm_pix)
-    collected.setdefault("decoder_num_heads", 1)  # which fits every decoder
-    if "taps" in kind.sizes:  # no part of the encoder: any that its depth allows
-        depth = max(depth_of(tensors, prefix) for prefix in ("blocks", "backbone.layers"))
-        collected["taps"] = tuple(range(one(collected, "depth", depth)))[-4:]
-    with torch.device("meta"):  # shapes only
-        model: Any = kind.build(tensors, collected)
-    names = {official: ours for official, ours in kind.names(model).items() if ours.startswith("encoder.")}
-    own, sections = model.state_dict(), {_section(key) for key in names}
-    fixed = {key for key in kind.constants(model) if _section(key) in sections}
-    given = {key: value for key, value in tensors.items() if _section(key) in sections and key not in fixed}
-    check_keys(f"{family}'s encoder", given, {key: kind.shape(key, own[ours].shape) for key, ours in names.items()})
-    assign(model.encoder, tensors, {key: ours.removeprefix("encoder.") for key, ours in names.items()})
-    return model.encoder, {*names, *fixed}
-
-
-def _section(key: str) -> str:
-    """The part of a model that an official key belongs to, such as ``blocks`` or ``encoder.layers``."""
-    parts = key.split(".")
-    return ".".join(parts[: 2 if parts[0] in ("encoder", "backbone") else 1])
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:

@@ -87,10 +87,11 @@ def refuse_guesses(path: Path, encoder: Pretrained, told: Mapping[str, Any]) -> 
         published = config.embed_dim in SWIN_WIDTHS and side == FINE_TUNED_SIZE
         of = f"a Swin of width {config.embed_dim} for {side} pixels"
     if not published and told.get(name) is None:
+        recipes = "classify.encoder in a recipe or " if name == "num_heads" else ""
         raise UserError(
             f"{path}: nothing tells {name}, and {_plain(getattr(config, name))} would be a guess, as {of} is no "
             f"published one: keep ummim export's certificate of this very file beside it, export it as safetensors, or "
-            f"give {name} to load_encoder in Python"
+            f"state {name}: {recipes}load_encoder in Python takes it"
         )
 
 
