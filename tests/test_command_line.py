@@ -132,8 +132,16 @@ def test_a_figure_that_would_replace_a_folder_is_refused_and_leaves_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_reader_that_leaves_early_is_no_error_of_ours():
-    words = [sys.executable, "-m", "ummim", "show", "quickstart"]
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "ummim", "show", "quickstart"],
+        ["-u", "-m", "ummim", "show", "quickstart"],
+        ["train.py", "quickstart", "--dry-run"],
+    ],
+)
+def test_a_reader_that_leaves_early_is_no_error_of_ours(words: list[str]):
+    words = [sys.executable, *words]
     read, write = os.pipe()
     os.close(read)
     ended = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, check=False)

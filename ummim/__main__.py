@@ -2,11 +2,9 @@
 ``reconstruct``, ``replay``, ``report``, ``preflight``, ``status``."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from signal import SIGPIPE
 from typing import Any
 
 from ummim.capacity.options import add_options as add_capacity_options
@@ -21,14 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     141 its output's reader has gone."""
     options = _parser().parse_args(argv)
     try:
-        code = run_main(lambda: options.run(options))
-        sys.stdout.flush()
+        return run_main(lambda: options.run(options))
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read the output has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
-        return 128 + SIGPIPE
-    return code
 
 
 def _parser() -> argparse.ArgumentParser:

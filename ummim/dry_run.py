@@ -11,6 +11,7 @@ from ummim.capacity.strategy import GIB, STAGES, Shapes, strategy_of
 from ummim.data import ShardIndex
 from ummim.data.faults import SourceDown
 from ummim.data.urls import is_url, local_path
+from ummim.downstream.dry_run import evaluation_rows, monitor_rows
 from ummim.downstream.recipe import ClassifyRecipe
 from ummim.engine.zero import deepspeed_config
 from ummim.interop.load import load_init
@@ -38,10 +39,8 @@ def dry_run(recipe: RunConfig, world_size: int) -> str:
     if isinstance(recipe, Recipe):
         with torch.device("meta"):
             model = recipe.method.build(recipe.data.image_size, recipe.partial, recipe.throw_ratio > 0)
-        own = [*_file_rows(recipe), *_init_rows(recipe, model), *_model_rows(recipe, model)]
+        own = [*_file_rows(recipe), *_init_rows(recipe, model), *_model_rows(recipe, model), *monitor_rows(recipe)]
     else:
-        from ummim.downstream.dry_run import evaluation_rows
-
         assert isinstance(recipe, ClassifyRecipe)
         own, model = evaluation_rows(recipe)
     rows = [

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests import forked
 from tests.conftest import ROOT, TINY_MAE, TINY_UM_MAE
 from tests.data_prep.web import served
 from tests.downstream.labelled import build_shards
+from ummim.dry_run import dry_run
 from ummim.errors import RecipeError
 from ummim.interop.run import load_run
 from ummim.recipe_file import load_recipe
@@ -86,10 +88,24 @@ def test_side_sets_that_hold_nothing_end_the_run_before_it_starts(
         index = json.loads((place / "index.json").read_text())
         (place / "index.json").write_text(json.dumps({**index, "shards": []}))
         np.save(place / "index.npy", np.load(place / "index.npy")[:0])
-    ended = forked.run(["train.py", recipe, *watched(sets), f"monitor.val_shards={place}"], ROOT)
+    command = ["train.py", recipe, *watched(sets), f"monitor.val_shards={place}"]
+    if what != "missing":
+        planned = forked.run([*command, "--dry-run"], ROOT)
+        assert planned.returncode == 2 and f"monitor.val_shards: {place}" in planned.stderr
+    ended = forked.run(command, ROOT)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert f"monitor.val_shards: {place}" in ended.stderr and told in ended.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_dry_run_opens_the_side_sets_that_are_at_hand(sets: Path, write_recipe: Any) -> None:
+    recipe = load_recipe(str(write_recipe(TINY_MAE, sets / "train")), watched(sets))
+    report = dry_run(recipe, 1)
+    assert [line.split(None, 1)[1] for line in report.splitlines() if line.startswith("monitor")] == [
+        "20 nearest of 24 images classify 21, every 2 epochs"
+    ]
+    far = replace(recipe, monitor=replace(recipe.monitor, val_shards="https://nowhere.invalid/val"))
+    assert "https://nowhere.invalid/val: not at hand; training needs it" in dry_run(far, 1)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import types
 from itertools import product
@@ -13,7 +14,7 @@ import torch
 from tests.engine.conftest import records
 from tests.engine.toy import ToyPlan, ToyRecipe, build_toy, toy_batches
 from ummim.engine import metrics
-from ummim.engine.metrics import MetricsLog, drop_after
+from ummim.engine.metrics import MetricsLog, Progress, drop_after
 from ummim.engine.trainer import step_seed, train
 from ummim.engine.zero import World
 from ummim.errors import UserError
@@ -36,6 +37,17 @@ def test_resuming_drops_later_lines_and_torn_ones(tmp_path):
     assert path.read_text() == ""
     drop_after(tmp_path / "absent.jsonl", 4)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_a_training_outlives_whoever_read_its_output(monkeypatch: pytest.MonkeyPatch):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        for step in (1, PLAN.stop_step):
+            Progress(PLAN, 0).show(record(step))
+    monkeypatch.setattr(sys, "stdout", None)  # closed before
+    Progress(PLAN, 0).show(record(PLAN.stop_step))
 
 
 def test_a_line_is_on_disk_as_soon_as_it_is_logged_and_stays_json(tmp_path):

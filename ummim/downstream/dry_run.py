@@ -1,4 +1,4 @@
-"""What ``--dry-run`` says about an evaluation alone."""
+"""What ``--dry-run`` says about an evaluation, and about the monitor of a pre-training."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +11,11 @@ from ummim.data.shards import ShardIndex
 from ummim.data.urls import is_url, local_path
 from ummim.downstream.class_names import check_same_classes
 from ummim.downstream.classify import Classifier
+from ummim.downstream.monitor import open_sides, side_data
 from ummim.downstream.recipe import ClassifyRecipe
 from ummim.downstream.run import saved_checkpoint, starting_encoder
 from ummim.downstream.task import Classification, build_model, encoder_from_scratch, resolved
+from ummim.recipe import Recipe
 
 Rows = list[tuple[str, str]]
 
@@ -57,6 +59,22 @@ def evaluation_rows(recipe: ClassifyRecipe) -> tuple[Rows, nn.Module | None]:
         scales = [group["lr_scale"] for group in task.parameter_groups(0.0)]
         what += f"; rates times {scales[0]:.3g} (embedding) to 1 (head)"
     return [*rows, ("parameters", what)], task
+
+
+def monitor_rows(recipe: Recipe) -> Rows:
+    """What is said of a pre-training's monitor, its sets being opened and checked where both are at hand.
+
+    Raises:
+        DataError: see ``open_sides``.
+    """
+    config = recipe.monitor
+    if not config.shards:
+        return []
+    if far := [place for place in (config.shards, config.val_shards) if not _at_hand(place)]:
+        return [("monitor", f"{far[0]}: not at hand; training needs it")]
+    known, asked = open_sides(recipe, replace(side_data(recipe), retry_seconds=0))
+    nearest = f"{config.neighbours} nearest of {len(known):,} images classify {len(asked):,}"
+    return [("monitor", f"{nearest}, every {config.every} epochs")]
 
 
 def _validation(recipe: ClassifyRecipe) -> str:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ummim.data.config import DataConfig, LabelledDataConfig
 from ummim.data.labelled import open_labelled
+from ummim.data.shards import ShardIndex
 from ummim.downstream.class_names import check_same_classes
 from ummim.downstream.classify import Classifier, build_classifier
 from ummim.downstream.evaluate import Parts, lacks_evaluation
@@ -31,6 +32,24 @@ from ummim.run_plan import RunPlan
 METRIC = "knn_top1"
 
 
+def side_data(recipe: Recipe) -> LabelledDataConfig:
+    """How images of the side sets are read: as the training's."""
+    return LabelledDataConfig(**{f.name: getattr(recipe.data, f.name) for f in fields(DataConfig)})
+
+
+def open_sides(recipe: Recipe, data: LabelledDataConfig) -> tuple[ShardIndex, ShardIndex]:
+    """The set that votes and the one that is classified.
+
+    Raises:
+        DataError: missing, unsound, without labels or of different classes; their key is named.
+    """
+    known, asked = (
+        open_labelled(data, getattr(recipe.monitor, key), None, f"monitor.{key}") for key in ("shards", "val_shards")
+    )
+    check_same_classes(known, asked, "monitor.val_shards")
+    return known, asked
+
+
 class Monitor:
     """See ``trainer.OnEpochEnd``; to be called on every rank, at every epoch's end.
 
@@ -41,17 +60,13 @@ class Monitor:
         beat: the watchdog's.
 
     Raises:
-        DataError: side sets that are missing, unsound, without labels or of different classes; their key is named.
+        DataError: see ``open_sides``.
     """
 
     def __init__(self, recipe: Recipe, plan: RunPlan, world: World, beat: Any) -> None:
         self.recipe, self.plan, self.world, self.beat = recipe, plan, world, beat
-        self.data = LabelledDataConfig(**{f.name: getattr(recipe.data, f.name) for f in fields(DataConfig)})
-        self.known, self.asked = (
-            open_labelled(self.data, getattr(recipe.monitor, key), None, f"monitor.{key}")
-            for key in ("shards", "val_shards")
-        )
-        check_same_classes(self.known, self.asked, "monitor.val_shards")
+        self.data = side_data(recipe)
+        self.known, self.asked = open_sides(recipe, self.data)
         labels = max(int(index.table["label"].max()) for index in (self.known, self.asked))
         config = recipe.monitor
         self.config = ClassifyConfig(

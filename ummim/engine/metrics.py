@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from ummim.errors import UserError
+from ummim.errors import UserError, drop_output, write_line
 
 if TYPE_CHECKING:
     from ummim.engine.zero import World
@@ -194,8 +194,10 @@ class Progress:
         self._printed = now
         left = (now - self._begun) / max(step - self._start, 1) * (self.plan.stop_step - step)
         line = f"epoch {record['epoch']:.2f}  step {step}/{self.plan.stop_step}  loss {loss}  {rate}"
-        sys.stdout.write(f"{line}  ETA {tqdm.format_interval(left)}\n")  # at once: see errors.say
-        sys.stdout.flush()
+        try:
+            write_line(f"{line}  ETA {tqdm.format_interval(left)}", sys.stdout)
+        except BrokenPipeError:  # a training outlives whoever read its output
+            drop_output()
 
     def close(self) -> None:
         if self._bar is not None:
