@@ -19,6 +19,7 @@ from ummim.downstream.recipe import ClassifyRecipe
 from ummim.engine.faults import EXIT_INTERRUPT
 from ummim.errors import EXIT_USER, RecipeError, run_main
 from ummim.recipe import Recipe
+from ummim.recipe_changes import tell_changes
 from ummim.recipe_file import dump_recipe, load_recipe
 from ummim.run_config import RunConfig
 from ummim.run_plan import RunPlan
@@ -112,6 +113,7 @@ def pretrain(recipe: Recipe, world: "World", beat: Callable[[int, str], None]) -
 
     def batches(done: int) -> Iterable[Batch]:
         if world.is_main:  # the run is ours from here on: a refused checkpoint has ended it before
+            tell_changes(recipe, done)
             write_text(output / "recipe.yaml", dump_recipe(recipe))
             write_environment(output, world.size, world.device, index.digest)
         if recipe.method.attention is not None:

@@ -169,7 +169,7 @@ def run_all(tasks: Sequence[tuple[Row, int]], jobs: int, *shared: Any) -> Iterat
 
 
 def baselines(data: Data, model: Model, count: int) -> dict[str, float]:
-    """Held-out losses of predicting 0, and of predicting each patch by the mean of its position."""
+    """Held-out losses of predicting 0, and of predicting each patch by the mean of its position over these images."""
     patches = patchify(data.inputs(data.test_images[:count]), PATCH)
     patches = normalise_patches(patches)[0] if model.norm_pix_loss else patches
     return {
@@ -197,7 +197,7 @@ def main() -> None:
     results: dict[str, Any] = {
         **provenance(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "study": asdict(study),
+        "study": {**asdict(study), "seeds": args.seeds or study.seeds},
         "baselines": baselines(load(args.data, device), study.model, study.pretraining.held_out_images),
     }
     runs: list[dict[str, Any]] = []

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY_MAE, TINY_UM_MAE
-from ummim import catalogue
+from ummim import catalogue, reconstruct
 from ummim.__main__ import main
 from ummim.engine.checkpoint import RunState, seal, write_rank_file
 from ummim.engine.checkpoint_shards import header, rank_file
@@ -110,15 +110,29 @@ def test_reconstruct_draws_a_row_per_image(run: Path, tmp_path: Path):
         assert sheet.height > 2 * 64
 
 
-def test_reconstruct_compares_checkpoints_side_by_side(write_recipe, tmp_path: Path):
+def test_reconstruct_compares_checkpoints_side_by_side(write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     runs = [make_run(write_recipe(TINY_MAE), tmp_path / "full")]
     runs.append(
         make_run(write_recipe(TINY_MAE + "throw_ratio: 0.5\npartial: {aggregation: none}\n"), tmp_path / "plain")
     )
     arguments = ["reconstruct", str(runs[0]), str(picture(tmp_path / "a.png")), "--out", str(tmp_path / "out.png")]
+    drawn: list[Any] = []
+    draw = reconstruct.comparison_figure
+
+    def drawing(*given: Any) -> Image.Image:
+        drawn.append(given)
+        return draw(*given)
+
+    monkeypatch.setattr(reconstruct, "comparison_figure", drawing)
     assert main([*arguments, "--compare", str(runs[1]), str(runs[0])]) == 0
     with Image.open(tmp_path / "out.png") as sheet:
         assert sheet.width == 6 + 7 * (160 + 6)  # the original, and plan and prediction of three
+    [(_, models, title)] = drawn
+    plans = [made.plan for _, made in models]
+    assert all(plan.visible.equal(plans[0].visible) for plan in plans)  # the same patches are seen
+    assert plans[1].thrown.shape[1] > plans[0].thrown.shape[1] == 0
+    names = [name for name, _ in models]
+    assert title == f"norm-pix, each patch's mean and contrast are the original's: {', '.join(names)}"
 
 
 def test_a_figure_that_would_replace_a_folder_is_refused_and_leaves_nothing(

@@ -85,6 +85,8 @@ def test_activation_checkpointing_can_be_switched_off_in_any_spelling(off: str):
         ("throw_ratio=-0.1", ["throw_ratio = -0.1", "from 0 to below"]),
         ("throw_ratio=0.001", ["throw_ratio = 0.001", "throws none of 256 tokens"]),
         ("partial.kernel_size=4", ["partial.kernel_size = 4", "odd"]),
+        ("partial.kernel_size=1", ["partial.kernel_size = 1", "at least 3"]),
+        ("partial={aggregation: convnext, fill: residual}", ["partial.fill = 'residual'", "a whole block"]),
         ("data.image_size=100", ["data.image_size = 100", "multiple of 64", "128"]),
         ("data.crop_scale=[1.0,0.2]", ["data.crop_scale", "smallest <= largest"]),
         ("data.workers=-1", ["data.workers = -1"]),

@@ -103,6 +103,8 @@ def test_killed_run_goes_on_bit_for_bit(undisturbed: Path, shards: Path, write_r
     assert (tmp_path / "run" / "checkpoints" / "step-4").exists()
     result = train(recipe)
     assert result.returncode == 0, result.stderr
+    told = [line for line in result.stderr.splitlines() if "with another recipe" in line]
+    assert sorted(line.split("another recipe: ")[1].split(":")[0] for line in told) == ["max_steps"], result.stderr
     assert losses(tmp_path / "run") == losses(undisturbed)
 
 
@@ -161,6 +163,8 @@ def test_dry_run_needs_neither_gpu_nor_imagenet(name: str, capsys: pytest.Captur
         ("simmim_vit_base_800e", "weight decay 0.05, gradients clipped to norm 5"),
         ("amt_mae_vit_base_400e", "epoch 40 on    30 visible, 88 kept, 78 thrown, by attention"),
         ("green_mim_swin_base_200e", "random mask, one for 512 images"),
+        ("pr_mae_vit_base_800e", "by furthest sampling of those that are kept, ties: random; filled in by conv 7x7"),
+        ("plain_mae_vit_base_800e", "thrown         tokens at random; in no loss"),
         ("tec_vit_base_300e", "file           teachers/ibot_vit_base_patch16.pth: not at hand; training needs it"),
     ],
 )

@@ -91,6 +91,17 @@ def test_a_comparison_draws_each_models_own_plan():
     assert (pasted == 200).all(-1).mean() == pytest.approx(4 / 16)  # visible patches
 
 
+def test_a_comparison_leaves_grey_what_was_not_predicted():
+    images = torch.full((1, 3, 32, 32), 200, dtype=torch.uint8)
+    covered = torch.zeros(1, 1, 32, 32, dtype=torch.bool)
+    made = Reconstruction(plan(), torch.ones(1, 3, 32, 32), covered)
+    sheet = np.asarray(comparison_figure(images, [("plain", made)]))
+    side = (sheet.shape[1] - 6) // 3 - 6
+    pasted = sheet[-side - 6 : -6, -side - 6 : -6]
+    assert (pasted == 200).all(-1).mean() == pytest.approx(4 / 16)  # visible patches
+    assert (pasted == 128).all(-1).mean() == pytest.approx(12 / 16)
+
+
 def test_normalised_patches_have_unbiased_unit_variance():
     patches, mean, deviation = normalise_patches(patchify(torch.rand(1, 3, 32, 32), PATCH))
     torch.testing.assert_close(patches.var(dim=-1), torch.ones(1, 16), rtol=0, atol=1e-3)

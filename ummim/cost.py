@@ -73,7 +73,7 @@ def cost(recipe: Recipe, attention: bool = True) -> Cost:
     materialised = saved_bytes(method, *inputs, plain_attention)
     kept = fused
     if recipe.activation_checkpointing != "none":
-        apply_activation_checkpointing(method.blocks(), "torch")  # every kind keeps each block's input
+        apply_activation_checkpointing(method.checkpointed(), "torch")  # every kind keeps each block's input
         kept = saved_bytes(method, *inputs, fused_attention)
     frozen = method.frozen()
     weights = [] if frozen is None else list(frozen.buffers())

@@ -15,8 +15,9 @@ from ummim.downstream.dry_run import evaluation_rows, monitor_rows
 from ummim.downstream.recipe import ClassifyRecipe
 from ummim.engine.zero import deepspeed_config
 from ummim.interop.load import load_init
-from ummim.masking import AttentionSampler
+from ummim.masking import AttentionSampler, MaskConfig
 from ummim.methods.api import Method
+from ummim.nn.aggregation import PartialConfig
 from ummim.recipe import Recipe
 from ummim.run_config import RunConfig
 from ummim.run_plan import RunPlan
@@ -98,6 +99,8 @@ def _model_rows(recipe: Recipe, method: Method) -> list[tuple[str, str]]:
         ("parameters", f"{count(method)} trained, {count(method.encoder)} of them in the encoder"),
         ("tokens", tokens),
     ]
+    if sampler.thrown_count:
+        rows.append(("thrown", f"{_throwing(recipe.mask)}; {_filling(recipe.partial)}"))
     if recipe.method.attention is not None:
         later = AttentionSampler(sampler.grid, recipe.method.attention)
         rows.append(
@@ -107,6 +110,23 @@ def _model_rows(recipe: Recipe, method: Method) -> list[tuple[str, str]]:
             )
         )
     return rows
+
+
+def _throwing(mask: MaskConfig) -> str:
+    what = "tokens" if mask.throw_unit == 1 else f"squares of {mask.throw_unit}x{mask.throw_unit} tokens"
+    if mask.throwing == "random":
+        return f"{what} at random"
+    return f"{what}, by furthest sampling of those that are kept, ties: {mask.ties}"
+
+
+def _filling(partial: PartialConfig) -> str:
+    if partial.aggregation == "none":
+        return "in no loss"
+    size = "" if partial.aggregation == "transformer" else f" {partial.kernel_size}x{partial.kernel_size}"
+    options = ["" if partial.bias or partial.aggregation != "conv" else ", without bias"]
+    options.append("" if partial.fill == "thrown" else f", fill: {partial.fill}")
+    options.append(", after the norm" if partial.after_norm else "")
+    return f"filled in by {partial.aggregation}{size}{''.join(options)}"
 
 
 def _schedule_rows(recipe: RunConfig, plan: RunPlan) -> list[tuple[str, str]]:

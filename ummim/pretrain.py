@@ -17,7 +17,7 @@ class Pretraining(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The units of activation checkpointing."""
-        return self.method.blocks()
+        return self.method.checkpointed()
 
     def forward(self, batch: Batch) -> TaskOutput:
         return TaskOutput(self.method(normalise(batch.images), batch.plan).loss, {})

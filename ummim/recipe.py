@@ -8,7 +8,7 @@ from math import gcd
 from ummim.errors import RecipeError
 from ummim.masking import MaskConfig, PlanSampler
 from ummim.methods.api import MethodConfig
-from ummim.nn.aggregation import PartialConfig
+from ummim.nn.aggregation import BLOCKS, PartialConfig
 from ummim.run_config import RunConfig, largest_divisor
 
 
@@ -101,8 +101,11 @@ class Recipe(RunConfig):
                 f"is a share of all tokens: choose a value from 0 to below mask.ratio = {self.mask.ratio}",
                 "throw_ratio",
             )
-        if self.partial.kernel_size < 1 or self.partial.kernel_size % 2 == 0:
-            raise RecipeError("must be odd and positive, such as 7", "partial.kernel_size")
+        if self.partial.kernel_size < 3 or self.partial.kernel_size % 2 == 0:
+            raise RecipeError("must be odd and at least 3, to see the neighbours: choose 7, say", "partial.kernel_size")
+        if self.partial.fill == "residual" and self.partial.aggregation in BLOCKS:
+            remedy = "choose thrown or all: that aggregation is a whole block, which adds its input itself"
+            raise RecipeError(remedy, "partial.fill")
         if self.mask.shared_by < 1 or self.global_batch % self.mask.shared_by:
             least = max(1, min(self.mask.shared_by, self.global_batch))
             near = next(n for n in range(least, 0, -1) if self.global_batch % n == 0)

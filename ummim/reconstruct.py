@@ -20,6 +20,8 @@ from ummim.visualize import (
     save_figure,
 )
 
+_NORM_PIX = "norm-pix, each patch's mean and contrast are the original's"
+
 
 @torch.no_grad()
 def reconstruct(method: Method, batch: Batch) -> Reconstruction:
@@ -43,7 +45,7 @@ def draw_reconstruction(method: Method, batch: Batch, path: Path | None, title: 
     if path is None:
         return
     if method.norm_pix_loss:
-        title += "   (norm-pix: each patch's mean and contrast are the original's)"
+        title += f"   ({_NORM_PIX})"
     save_figure(reconstruction_figure(batch.images, plan, prediction, covered, title), path)
 
 
@@ -75,10 +77,15 @@ def compare_files(
     for name, recipe, method in models:
         _check_pixels(method)
         if recipe.data.image_size != size:
-            raise UserError(f"{name} takes images of {recipe.data.image_size} pixels, {models[0][0]} of {size}")
+            raise UserError(
+                f"{name} takes images of {recipe.data.image_size} pixels, {models[0][0]} of {size}: compare runs of "
+                "the same data.image_size"
+            )
         batch = _batch(recipe, files, seed)
         made.append((name, reconstruct(method, batch)))
-    save_figure(comparison_figure(batch.images, made), out)
+    normalised = ", ".join(name for name, _, method in models if method.norm_pix_loss)
+    title = f"{_NORM_PIX}: {normalised}" if normalised else ""
+    save_figure(comparison_figure(batch.images, made, title), out)
 
 
 def _check_pixels(method: Method) -> None:

@@ -11,7 +11,7 @@ from timm.models.beit import gen_relative_position_index
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ummim.backbones.relative_vit import RelativeViT, RelativeViTConfig, relative_index
+from ummim.backbones.relative_vit import RelativePositionBias, RelativeViT, RelativeViTConfig, relative_index
 from ummim.masking import MaskConfig, MaskPlan, PlanSampler
 
 SMALL = RelativeViTConfig(patch_size=4, embed_dim=24, depth=3, num_heads=3, drop_path=0.0)
@@ -153,6 +153,19 @@ def test_recomputation_changes_no_gradient(throw: float, reentrant: bool) -> Non
         again = gradients[1][name]
         assert grad is not None and again is not None, name
         assert grad.equal(again), name
+
+
+def test_the_tables_gradient_does_not_stagnate_in_sixteen_bits() -> None:
+    """Each entry's gradient is a sum over all pairs of tokens of all samples, which differ once tokens are thrown."""
+    grid, ids = (14, 14), torch.stack([torch.randperm(196)[:98].sort().values for _ in range(64)])
+    gradients = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        bias = RelativePositionBias(grid, 2).to(dtype)
+        bias(ids, dtype).sum().backward()
+        (gradient,) = (parameter.grad for parameter in bias.parameters())
+        assert gradient is not None
+        gradients[dtype] = gradient.double()
+    torch.testing.assert_close(gradients[torch.bfloat16], gradients[torch.float64], rtol=0.01, atol=0)
 
 
 def test_sixteen_bit_weights_and_autocast() -> None:

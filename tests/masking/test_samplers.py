@@ -123,7 +123,34 @@ def test_furthest_throwing_keeps_a_furthest_sample_from_any_start() -> None:
     assert len(starts) > 18  # of 36: the start is drawn, not fixed
 
 
-def test_random_ties_are_fair_and_lowest_ids_lean_to_the_top_left() -> None:
+def test_furthest_throwing_of_squares_measures_on_their_own_grid() -> None:
+    config = MaskConfig(ratio=0.6, unit=2, throw_unit=2, ties="lowest")
+    sampler = PlanSampler((14, 14), config, 0.4)
+    for seed in range(20):
+        plan = sampler(seed)
+        corners = [ids[(ids // 14 % 2 == 0) & (ids % 2 == 0)] for ids in (plan.kept, plan.thrown)]
+        kept, thrown = (ids // 14 // 2 * 7 + ids % 14 // 2 for ids in corners)
+        masked = np.sort(np.concatenate([kept, thrown]))
+        assert any(set(furthest_sample(masked, (7, 7), len(kept), first)) == set(kept) for first in kept)
+
+
+@pytest.mark.parametrize(
+    ("side", "config", "throw", "counts"),
+    [
+        (10, MaskConfig(ratio=0.75), 0.29, (25, 46, 29)),  # 0.29 * 100 is 28.999...
+        (20, MaskConfig(ratio=0.75), 0.57, (100, 72, 228)),
+        (10, MaskConfig(ratio=0.8, unit=2), 0.0, (20, 80, 0)),  # 20 of 25 units, not 21
+        (20, MaskConfig(ratio=0.9, unit=2), 0.0, (40, 360, 0)),
+    ],
+)
+def test_shares_that_binary_numbers_miss_are_counted_right(
+    side: int, config: MaskConfig, throw: float, counts: tuple[int, int, int]
+) -> None:
+    sampler = PlanSampler((side, side), config, throw)
+    assert (sampler.visible_count, sampler.kept_count, sampler.thrown_count) == counts
+
+
+def test_random_ties_are_fair_and_lowest_ids_lean_to_the_top() -> None:
     leaning = {}
     for config in (MaskConfig(), LOWEST):
         kept = draw_many(PlanSampler((14, 14), config, 0.5), 2000)[2]  # (2000, 49)

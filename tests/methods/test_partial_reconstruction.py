@@ -12,6 +12,8 @@ from ummim.methods import mae, um_mae
 from ummim.methods.api import MethodConfig
 from ummim.nn.aggregation import PartialConfig, SpatialAggregation
 from ummim.nn.decoder import DecoderConfig
+from ummim.nn.layers import take
+from ummim.nn.targets import normalise_patches, patchify
 
 DECODER = DecoderConfig(embed_dim=16, depth=2, num_heads=4)
 METHODS = {
@@ -103,6 +105,11 @@ def test_the_loss_is_the_mean_over_all_masked_tokens(name: str) -> None:
     whole = model(images, plan)
     # Kept tokens do not feel the aggregation; the head's product of more rows may round otherwise (by the BLAS).
     torch.testing.assert_close(whole.predicted[:, :kept], part.predicted, rtol=1e-13, atol=1e-14)
+    pixels = patchify(images, model.patch_size)
+    if model.norm_pix_loss:
+        pixels = normalise_patches(pixels)[0]
+    expected = (whole.predicted - take(pixels, whole.ids)).square().mean()
+    torch.testing.assert_close(whole.loss, expected, rtol=1e-12, atol=0)
     errors = whole.loss * (kept + thrown) - part.loss * kept  # what is left belongs to the thrown ones
     swapped = MaskPlan(plan.grid, plan.visible, plan.secondary, plan.kept, plan.thrown.flip(1), plan.compact)
     torch.testing.assert_close(model(images, swapped).loss * (kept + thrown) - part.loss * kept, errors)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ummim.backbones.vit import PatchEmbed
 from ummim.masking import MaskPlan
 from ummim.nn.attention import biased_attention
-from ummim.nn.layers import LayerNorm, every_token, take, take_patches
+from ummim.nn.layers import LayerNorm, every_token, exact, take, take_patches
 
 ROW_UNIT = 8  # elements: PyTorch copies a bias for its memory-efficient attention unless rows are aligned to this
 
@@ -71,7 +71,8 @@ class RelativePositionBias(nn.Module):
         index = relative_index(ids, self.grid)
         keys = index.shape[2]
         index = F.pad(index, (0, -keys % ROW_UNIT))  # (B, 1 + n, m): the columns beyond are cut off below
-        bias = F.embedding(index, self.relative_position_bias_table).to(dtype)  # (B, 1 + n, m, heads)
+        table = exact(self.relative_position_bias_table)  # whose gradient sums up B * n * n terms, too many for bf16
+        bias = F.embedding(index, table).to(dtype)  # (B, 1 + n, m, heads)
         return bias.permute(0, 3, 1, 2).contiguous()[..., :keys]  # fused kernels need the last stride to be 1
 
 

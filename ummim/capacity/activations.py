@@ -85,13 +85,13 @@ def _prepared(recipe: Recipe, kind: str, attention: Callable[..., Tensor]) -> tu
     """The method on the meta device under ``kind``, and where each offloaded input's bytes will be listed."""
     method = build_on_meta(recipe)
     host: list[int] = []
-    for block in method.blocks():
+    for block in method.checkpointed():
         if kind != "none":  # a mode does not reach what the backward pass recomputes
             block.forward = _under(attention, block.forward)
         if kind.startswith("fairscale"):
             block.forward = _recomputed(block.forward, host if kind == "fairscale_offload" else None)
     if kind == "torch":
-        apply_activation_checkpointing(method.blocks(), kind)
+        apply_activation_checkpointing(method.checkpointed(), kind)
     return method, host
 
 

@@ -31,6 +31,7 @@ from ummim.engine.zero import World, deepspeed_config
 from ummim.environment import write_environment
 from ummim.errors import UserError
 from ummim.interop.run import RECIPE_FILE, recipe_of
+from ummim.recipe_changes import tell_changes
 from ummim.recipe_file import dump_recipe, load_recipe
 from ummim.run_plan import RunPlan
 
@@ -86,7 +87,9 @@ def classify(recipe: ClassifyRecipe, world: World, beat: Beat) -> int:
         task.model.compile(dynamic=False)
 
     def batches(done: int) -> Iterable[LabelledBatch]:
-        announce()  # the run is ours from here on: a refused checkpoint has ended it before
+        if world.is_main:  # the run is ours from here on: a refused checkpoint has ended it before
+            tell_changes(recipe, done)
+        announce()
         loader = build_labelled_loader(sets.train, recipe.data, recipe.seed, plan, world.rank, world.size, done)
         loader.pin_memory = world.device.type == "cuda"
         return loader

@@ -75,6 +75,8 @@ class AttentionSampler:
             self._masked, self._thrown = ceil(config.masked * units), ceil(config.thrown * units)
         self.kept_count, self.thrown_count = self._masked * unit**2, self._thrown * unit**2
         self.visible_count = h * w - self.kept_count - self.thrown_count
+        if config.thrown > 0 and not self._thrown:
+            raise ValueError(f"a share of {config.thrown} throws none of {h * w} tokens, choose a larger one or 0")
         if config.masked <= 0 or config.thrown < 0 or self._masked < 1 or self.visible_count < 1:
             raise ValueError(
                 f"shares of {config.masked} masked and {config.thrown} thrown leave {self.kept_count} masked and "

@@ -6,6 +6,7 @@ Randomness is counter-based: draw ``i`` of a sample is a hash of (its 64-bit see
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,8 @@ from ummim.masking.compiled import compiled
 from ummim.masking.furthest import furthest
 from ummim.masking.plan import MaskPlan, SamplePlan
 from ummim.seeds import sample_seed
+
+_ROUNDING = 1e-9  # 0.29 * 100 is 28.999999999999996
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class MaskConfig:
         throwing: how thrown tokens are chosen when the throwing ratio is above 0: ``furthest`` keeps evenly
             spread tokens (PR-MIM), ``random`` is its baseline.
         ties: which of several furthest tokens is kept: a ``random`` one, or the one of the ``lowest`` id, which leans
-            to the top left. PR-MIM does not say.
+            to the top. PR-MIM does not say.
         throw_unit: side, in tokens, of the squares that are thrown; it must divide ``unit``. On SimMIM's ViT the
             paper leaves open whether tokens (1) or units of 32 pixels (2) are thrown.
         unit: side, in tokens, of the squares that a random mask is drawn in (SimMIM: 32 pixels, 2 tokens of a ViT).
@@ -173,12 +176,14 @@ class PlanSampler:
         area = config.unit**2  # tokens
         if config.unit < 1 or h % config.unit or w % config.unit or (self.compact and config.unit > 1):
             raise ValueError(f"units of {config.unit} tokens do not tile a {config.kind} mask on the grid {h}x{w}")
-        # MAE's truncation of a float product: 49 visible of 196. In units, SimMIM's: 30 masked of 49.
-        self.visible_count = int(tokens // area * (1 - config.ratio)) * area
+        # MAE's truncation of a float product: 49 visible of 196. In units SimMIM rounds the masked ones up: 30 of 49.
+        units = tokens // area
+        visible = int(units * (1 - config.ratio)) if area == 1 else units - ceil(units * config.ratio)
+        self.visible_count = visible * area
         square = config.throw_unit**2  # tokens
         if config.throw_unit < 1 or config.unit % config.throw_unit:
             raise ValueError(f"squares of {config.throw_unit} tokens do not divide the mask's units of {config.unit}")
-        self.thrown_count = int(throw_ratio * (tokens // square)) * square
+        self.thrown_count = int(throw_ratio * (tokens // square) + _ROUNDING) * square
         self.kept_count = tokens - self.visible_count - self.thrown_count
         self.secondary_count = self.visible_count - int(self.visible_count * (1 - config.secondary_ratio))
         if not 0 < self.visible_count < tokens:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ummim.backbones.table_swin import TableSwinConfig
 from ummim.errors import RecipeError
 from ummim.masking import AttentionMaskConfig, MaskConfig, MaskPlan
-from ummim.nn.aggregation import PartialConfig
+from ummim.nn.aggregation import BLOCKS, PartialConfig, SpatialAggregation
 
 
 class MIMOutput(NamedTuple):
@@ -58,8 +58,13 @@ class Method(nn.Module):
         return None
 
     def blocks(self) -> list[nn.Module]:
-        """The Transformer blocks, the units of activation checkpointing."""
+        """The blocks of encoder and decoders."""
         raise NotImplementedError
+
+    def checkpointed(self) -> list[nn.Module]:
+        """The units of activation checkpointing: ``blocks``, and the aggregations that are a whole block."""
+        fillers = [module for module in self.modules() if isinstance(module, SpatialAggregation)]
+        return [*self.blocks(), *(filler.layer for filler in fillers if filler.config.aggregation in BLOCKS)]
 
     def check_inputs(self, images: Tensor, plan: MaskPlan) -> None:
         """Raise ValueError for images or a plan of other sizes than the model's; static, so it compiles."""

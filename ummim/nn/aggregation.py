@@ -1,7 +1,8 @@
 """Partial reconstruction (PR-MIM): which tokens a method predicts, and how thrown ones are filled in.
 
 A method calls ``aggregation(visible, kept, plan, norm)`` with its decoder's output and its head's norm, and gets the
-normed tokens to predict together with their ids; it never asks whether tokens were thrown.
+normed tokens to predict together with their ids. MAE, MFF, UM-MAE, GreenMIM and LocalMIM need no more than that; on
+SimMIM thrown tokens leave the encoder, and TEC decodes twice.
 
 Source: "PR-MIM: Delving Deeper into Partial Reconstruction in Masked Image Modeling" (arXiv 2411.15746), progressive
 reconstruction. There is no public code; where the paper is silent, docs/pr_mim.md says what was chosen and why.
@@ -21,6 +22,7 @@ from ummim.masking import MaskPlan
 from ummim.nn.layers import LayerNorm, init_mae, sincos_table, take
 
 Norm = Callable[[Tensor], Tensor]
+BLOCKS = ("transformer", "convnext")  # aggregations that are a whole block, with a residual branch
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class PartialConfig:
         kernel_size: side of convolution or square, odd; the paper's best is 7.
         bias: the depth-wise convolution has one.
         fill: which tokens take the aggregation's output: the ``thrown`` ones, while kept ones pass unchanged;
-            ``all`` masked ones; or all as a ``residual``, output plus token.
+            ``all`` masked ones; or all as a ``residual``, output plus token (``conv`` and ``pool``).
         after_norm: aggregate tokens that have passed the head's norm, instead of before.
     """
 
@@ -79,9 +81,8 @@ class SpatialAggregation(nn.Module):
         """(B, V, D), (B, K, D) -> (B, K + T, D)."""
         h, w = plan.grid
         b, _, d = kept.shape
-        tokens = kept.new_zeros(b, h * w, d)
-        tokens = tokens.scatter(1, plan.visible[:, :, None].expand(-1, -1, d), visible)
-        tokens = tokens.scatter(1, plan.kept[:, :, None].expand(-1, -1, d), kept)
+        decoded, ids = torch.cat([visible, kept], dim=1), torch.cat([plan.visible, plan.kept], dim=1)
+        tokens = kept.new_zeros(b, h * w, d).scatter(1, ids[:, :, None].expand(-1, -1, d), decoded)
         output = self.layer(tokens.view(b, h, w, d).permute(0, 3, 1, 2))  # (B, D, h, w), channels last in memory
         output = output.permute(0, 2, 3, 1).reshape(b, h * w, d)
         if self.config.fill == "thrown":
