@@ -166,3 +166,12 @@ def test_the_convolution_starts_as_pytorch_makes_it() -> None:
     weight = make()
     assert weight.abs().max() <= bound
     assert weight.abs().max() > 0.95 * bound
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(512, 16), (256, 8), (96, 3), (8, 1), (40, 1)])
+def test_the_transformer_block_is_like_those_of_maes_decoder(dim: int, heads: int) -> None:
+    block: Any = SpatialAggregation(PartialConfig("transformer"), (4, 4), dim).layer.block
+    assert block.attn.num_heads == heads  # of 32 channels, where those divide the width
+    bound = (6 / (dim + 4 * dim)) ** 0.5  # Xavier's, uniform
+    assert 0.9 * bound < block.mlp.fc1.weight.abs().max() <= bound
+    assert not any(parameter.any() for name, parameter in block.named_parameters() if name.endswith("bias"))

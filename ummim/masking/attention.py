@@ -11,7 +11,7 @@ import numpy as np
 
 from ummim.masking.compiled import compiled
 from ummim.masking.plan import MaskPlan, SamplePlan
-from ummim.masking.samplers import _below
+from ummim.masking.samplers import below
 
 _LEAST = 1e-300  # in place of weight 0: behind every weight that float32 holds
 
@@ -46,7 +46,7 @@ def weighted_order(seed: np.uint64, weights: np.ndarray) -> np.ndarray:
     """
     keys = np.empty(weights.shape[0])
     for i in range(weights.shape[0]):
-        uniform = (_below(seed, i, 1 << 32) + 0.5) / 2.0**32  # in (0, 1)
+        uniform = (below(seed, i, 1 << 32) + 0.5) / 2.0**32  # in (0, 1)
         keys[i] = -np.log(uniform) / max(weights[i], _LEAST)
     return np.argsort(keys, kind="mergesort")
 

@@ -49,6 +49,7 @@ class MaskPlan:
 
     @property
     def batch_size(self) -> int:
+        """B."""
         return self.visible.shape[0]
 
     @property
@@ -63,9 +64,11 @@ class MaskPlan:
         return mask.scatter(1, self.visible, False)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "MaskPlan":
+        """The plan with its ids on ``device``; ``shared`` ones stay on the host."""
         return self._map(lambda ids: ids.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "MaskPlan":
+        """The plan in page-locked memory, from which copies to a GPU run beside it."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, fn) -> "MaskPlan":  # type: ignore[no-untyped-def]

@@ -49,7 +49,7 @@ class MaskConfig:
 
 
 @compiled
-def _below(seed: np.uint64, counter: int, bound: int) -> np.int64:
+def below(seed: np.uint64, counter: int, bound: int) -> np.int64:
     """Draw ``counter`` of the stream ``seed``, uniform in [0, bound): SplitMix64's finaliser as the hash."""
     z = seed + uint64(counter + 1) * uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> uint64(30))) * uint64(0xBF58476D1CE4E5B9)
@@ -62,7 +62,7 @@ def _below(seed: np.uint64, counter: int, bound: int) -> np.int64:
 def _shuffle(values: np.ndarray, count: int, seed: np.uint64, counter: int) -> int:
     """Fisher-Yates: the first ``count`` entries become a random draw without replacement. Returns the counter."""
     for i in range(count):
-        j = i + _below(seed, counter + i, values.shape[0] - i)
+        j = i + below(seed, counter + i, values.shape[0] - i)
         values[i], values[j] = values[j], values[i]
     return counter + count
 
@@ -123,7 +123,7 @@ def _draw(
         if random_ties:  # ties go to the first in the list
             _shuffle(squares, squares.shape[0], seed, counter)
         else:
-            first = int(_below(seed, counter, squares.shape[0]))
+            first = int(below(seed, counter, squares.shape[0]))
         squares[:keep] = furthest(squares, across, keep, first)
     else:
         _shuffle(squares, keep, seed, counter)
@@ -192,17 +192,17 @@ class PlanSampler:
             raise ValueError(f"throwing ratio {throw_ratio} leaves no kept token at mask ratio {config.ratio}")
         if not 0 <= self.secondary_count < self.visible_count:
             raise ValueError(f"secondary ratio {config.secondary_ratio} leaves no visible token unreplaced")
-        self._drawn = (
+        self._arguments = (
             h, w, self.compact, config.unit, self.visible_count, self.secondary_count, self.thrown_count,
             config.throw_unit, config.throwing == "furthest", config.ties == "random",
         )  # fmt: skip
 
     def __call__(self, seed: int) -> SamplePlan:
-        return SamplePlan(*_draw(np.uint64(seed), *self._drawn))
+        return SamplePlan(*_draw(np.uint64(seed), *self._arguments))
 
     def batch(self, seeds: Sequence[int]) -> MaskPlan:
         """The plans of samples by their seeds, as ``stack`` puts them together; faster than one after the other."""
-        parts = _draw_all(np.array(seeds, np.uint64), *self._drawn)
+        parts = _draw_all(np.array(seeds, np.uint64), *self._arguments)
         return MaskPlan.of(parts, self.grid, self.compact, self.shared)
 
     def seed(self, seed: int, epoch: int, key: str, position: int) -> int:
