@@ -189,6 +189,7 @@ def test_packaged_recipes_have_the_published_counts(recipe: str, kinds: Any) -> 
         ("method.attention.unit=0", "method.attention.unit", "units of 0 tokens"),
         ("method.attention.masked=0", "method.attention.masked", "between 0 and 1"),
         ("method.attention.masked=0.001", "method.attention.masked", "leave 0 masked .* further from 0 and 1"),
+        ("method.attention.thrown=0.0001", "method.attention.thrown", "throws none of 196 tokens, choose a larger"),
         ("method.attention.thrown=-0.1", "method.attention.thrown", "from 0 to below 1"),
         ("method.attention.thrown=0.6", "method.attention.thrown", "visible of 196 tokens: .* must stay below 1"),
         ("method.encoder.num_heads=7", "method.encoder.num_heads", "7 heads do not divide"),
