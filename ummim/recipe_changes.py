@@ -1,13 +1,13 @@
 """What of a recipe is another than in the checkpoint that a run goes on from: told, not refused."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ummim.recipe_file import dump_recipe
+from ummim.recipe_file import flatten, to_dict
 from ummim.run_config import RunConfig
 
 log = logging.getLogger(__name__)
@@ -26,9 +26,11 @@ def changes(recipe: RunConfig, step: int) -> list[str]:
     places = [named / "checkpoints" / f"step-{step}" / "recipe.yaml", named / "recipe.yaml"]
     try:
         before = yaml.safe_load(next(place for place in places if place.is_file()).read_text())
-    except (StopIteration, OSError, yaml.YAMLError):
+    except (StopIteration, OSError, UnicodeDecodeError, yaml.YAMLError):
         return []
-    then, now = dict(_leaves(before)), dict(_leaves(yaml.safe_load(dump_recipe(recipe))))
+    if not isinstance(before, dict):
+        return []
+    then, now = (dict(flatten(values)) for values in (before, to_dict(recipe)))
     keys = [key for key in {**then, **now} if key not in UNTOLD and then.get(key) != now.get(key)]
     return [f"{key}: {_shown(then, key)}, now {_shown(now, key)}" for key in keys]
 
@@ -37,15 +39,6 @@ def tell_changes(recipe: RunConfig, step: int) -> None:
     """Log them; the run starts afresh at step 0."""
     for change in changes(recipe, step) if step else ():
         log.warning("goes on from step %d with another recipe: %s", step, change)
-
-
-def _leaves(values: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values."""
-    if not isinstance(values, Mapping):
-        yield above, values
-        return
-    for key, value in values.items():
-        yield from _leaves(value, f"{above}.{key}" if above else str(key))
 
 
 def _shown(leaves: Mapping[str, Any], key: str) -> str:

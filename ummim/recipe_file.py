@@ -153,7 +153,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values, this is {type(values).__name__}")
     base = values.pop("base", None)
     if base is None:
-        return values, {key: str(path) for key, _ in _flatten(values)}
+        return values, {key: str(path) for key, _ in flatten(values)}
     beside = path.parent / f"{base}.yaml"
     parent = beside if beside.is_file() else find_recipe(str(base))
     merged, origin = _read(parent, (*chain, path.resolve()))
@@ -165,8 +165,8 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
     if isinstance(classify, dict) and isinstance(merged.get("classify"), dict) and "encoder" in classify:
         merged["classify"].pop("encoder", None)  # nor another encoder's
     merged = _merge(merged, values)
-    own = {key: str(path) for key, _ in _flatten(values)}
-    kept = {key: origin[key] for key, _ in _flatten(merged) if key in origin and key not in own}
+    own = {key: str(path) for key, _ in flatten(values)}
+    kept = {key: origin[key] for key, _ in flatten(merged) if key in origin and key not in own}
     return merged, kept | own
 
 
@@ -214,16 +214,17 @@ def _locate(error: RecipeError, values: dict[str, Any], origin: dict[str, str], 
     """The error with its file, key and value in front."""
     if error.key is None:
         return RecipeError(f"{path}: {error}")
-    flat = dict(_flatten(values))
+    flat = dict(flatten(values))
     value = f" = {flat[error.key]!r}" if error.key in flat else ""
     where = [source for key, source in origin.items() if f"{key}.".startswith(f"{error.key}.")]
     return RecipeError(f"{where[-1] if where else path}: {error.key}{value}: {error}", error.key)
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of nested sections, and their values."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

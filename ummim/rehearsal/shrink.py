@@ -17,7 +17,7 @@ from ummim.backbones.table_swin import TableSwinConfig
 from ummim.backbones.vit import ViTConfig
 from ummim.downstream.recipe import ClassifyRecipe
 from ummim.recipe import Recipe
-from ummim.recipe_file import to_dict
+from ummim.recipe_file import flatten, to_dict
 from ummim.run_config import RunConfig
 
 CLASSES = 9  # of the packaged photographs
@@ -79,7 +79,7 @@ def shrink(recipe: RunConfig, kind: str = "vit", compared: bool = True) -> Shrun
     kept += [f"ZeRO-{recipe.zero_stage}", recipe.optim.optimizer, f"schedule {recipe.optim.schedule}",
              "peak learning rate", f"activation checkpointing {recipe.activation_checkpointing}"]  # fmt: skip
     kept += [] if "precision" in changes else [recipe.precision]
-    values = _flat(to_dict(recipe))
+    values = dict(flatten(to_dict(recipe)))
     return Shrunk(changes, {key: values.get(key) for key in changes}, ", ".join(kept))
 
 
@@ -190,13 +190,6 @@ def _encoder(encoder: Any, side: int) -> dict[str, Any]:
         fits = all(tokens <= encoder.window_size or tokens % encoder.window_size == 0 for tokens in maps)
         small["window_size"] = encoder.window_size if fits and encoder.window_size < maps[0] else 4
     return small
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
 
 
 def _yaml(value: Any) -> str:
